@@ -1,0 +1,48 @@
+"""atomtune: fine-tune generative transformers as sparse combinations of dictionary atoms."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from atomtune.adapter import Adapter, load, save
+    from atomtune.backbones import open_pipeline
+    from atomtune.errors import UserError
+    from atomtune.sampling import generate
+    from atomtune.training.loop import train
+    from atomtune.training.options import TrainOptions
+    from atomtune.tuner import AtomConfig
+
+_HOMES = {
+    "Adapter": "adapter",
+    "AtomConfig": "tuner",
+    "TrainOptions": "training.options",
+    "UserError": "errors",
+    "generate": "sampling",
+    "load": "adapter",
+    "open_pipeline": "backbones",
+    "save": "adapter",
+    "train": "training.loop",
+}
+
+__all__ = [
+    "Adapter",
+    "AtomConfig",
+    "TrainOptions",
+    "UserError",
+    "generate",
+    "load",
+    "open_pipeline",
+    "save",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `import atomtune` costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'atomtune' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"atomtune.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value

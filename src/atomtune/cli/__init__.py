@@ -1,0 +1,70 @@
+"""The command line: one command a file, dataclasses read by tyro, no logic."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+
+COMMANDS = {
+    "demo": "Learn a new subject on the embedded world, show its atoms, write a report.",
+    "train": "Train an adapter on a folder of pictures.",
+    "generate": "Paint pictures with an adapter, its dials turned as you say.",
+    "atoms": "Rank the atoms of an adapter.",
+    "prune": "Keep the most important atoms for good.",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit code. A user's mistake is one line on stderr and exit code 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        listing = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+        print(f"usage: atomtune COMMAND [OPTIONS]\n\n{listing}\n\natomtune COMMAND --help tells more.")
+        return 0
+    if arguments[0] == "--version":
+        import importlib.metadata
+
+        print(importlib.metadata.version("atomtune"))
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        import difflib
+
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        print(f"error: no command {name!r}; there are {', '.join(COMMANDS)}.{hint}", file=sys.stderr)
+        return 2
+    return _run(name, rest)
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    import tyro
+
+    from atomtune.errors import UserError
+
+    # Optional kernels that are missing here are no news to a user.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    module = importlib.import_module(f"atomtune.cli.{name}")
+    try:
+        command = tyro.cli(module.Command, args=arguments, prog=f"atomtune {name}")
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    try:
+        command.run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def console() -> None:
+    """Entry point of the `atomtune` script."""
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # the reader, such as `head`, has had enough
+        sys.stderr.close()

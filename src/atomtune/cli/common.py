@@ -1,0 +1,48 @@
+"""What several commands need."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from atomtune.errors import UserError
+
+
+def device_of(name: str | None) -> str | None:
+    """The device asked for, or cuda where there is one. Raises UserError where there is none of that name."""
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else None
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"`device` must be one that torch has here, got {name!r}: {reason}") from error
+    return name
+
+
+def open_adapter(folder: Path, base: str | None, allow_other_base: bool, device: str | None = None) -> Any:
+    """The adapter in a folder, attached to its base (or to another, where that is allowed)."""
+    import atomtune
+    from atomtune.adapter import base_of
+
+    named = base or base_of(folder)
+    if named is None:
+        raise UserError(f"{folder} does not name its base. Give it with --base.")
+    pipe = atomtune.open_pipeline(named, device=device_of(device))
+    return atomtune.load(pipe, folder, allow_other_base=allow_other_base)
+
+
+def parse_strengths(pairs: tuple[str, ...]) -> dict[str, float]:
+    """`L17[137]=0.5` and the like, as a table."""
+    found = {}
+    for pair in pairs:
+        name, sign, value = pair.partition("=")
+        try:
+            if not sign:
+                raise ValueError
+            found[name.strip()] = float(value)
+        except ValueError:
+            raise UserError(f"`atom` must be like L17[137]=0.5, got {pair!r}.") from None
+    return found

@@ -1,0 +1,45 @@
+"""`atomtune prune`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Command:
+    """Keep the most important atoms for good, in a new folder."""
+
+    adapter: tyro.conf.Positional[Path]
+    """Folder of a run or a saved adapter."""
+    out: Path
+    """Folder for the pruned adapter."""
+    keep: float | None = None
+    """Share of the atoms to keep, above 0 and at most 1."""
+    count: int | None = None
+    """Number of atoms to keep, instead of --keep."""
+    formula: str = "mean"
+    """mean, mean_when_active, maximum or purity."""
+    base: str | None = None
+    """Base pipeline. None: the one that the adapter names."""
+    allow_other_base: bool = False
+    """Load onto a base that is not the adapter's."""
+
+    def run(self) -> None:
+        from atomtune.cli.common import open_adapter
+        from atomtune.errors import UserError
+
+        amount = self.count if self.count is not None else self.keep
+        if amount is None or (self.keep is not None and self.count is not None):
+            raise UserError("`keep` or `count` must be given, one of them.")
+        if self.out.exists():
+            raise UserError(f"`out` must not exist yet: {self.out}. Choose another folder.")
+        adapter = open_adapter(self.adapter, self.base, self.allow_other_base)
+        before = len(adapter.atoms)
+        number = adapter.prune(amount, self.formula)
+        adapter.save(self.out)
+        print(self.out)
+        print(f"kept {number} of {before} atoms", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Looking at an adapter: the static report."""

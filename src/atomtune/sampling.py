@@ -1,0 +1,60 @@
+"""Pictures from prompts, each with a seed of its own, so that batches change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from atomtune.backbones import backbone_of
+from atomtune.errors import UserError
+
+
+def generate(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    seed: int = 0,
+    batch_size: int = 8,
+    steps: int | None = None,
+    guidance: float | None = None,
+    **call: Any,
+) -> list[Image.Image]:
+    """One picture a prompt; prompt i starts from the noise of seed + i, whatever its batch.
+
+    `steps`, `guidance` None: the pipeline's defaults. Other arguments go to the pipeline.
+    """
+    if not prompts:
+        raise UserError("`prompts` must name at least one picture, got none.")
+    arguments = backbone_of(pipe).call(pipe, list(prompts)) | call
+    if steps is not None:
+        arguments["num_inference_steps"] = steps
+    if guidance is not None:
+        arguments["guidance_scale"] = guidance
+    pictures: list[Image.Image] = []
+    for start in range(0, len(prompts), batch_size):
+        batch = list(prompts[start : start + batch_size])
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
+        pictures += pipe(prompt=batch, generator=generators, **arguments).images
+    return pictures
+
+
+def save_pictures(pictures: Sequence[Image.Image], folder: Path, seed: int) -> list[Path]:
+    """Write pictures as `seed-number.png`; never over another picture."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = []
+        for i, picture in enumerate(pictures):
+            stem, turn = f"{seed + i:05d}", 1
+            path = folder / f"{stem}.png"
+            while path.exists():
+                turn += 1
+                path = folder / f"{stem}-{turn}.png"
+            picture.save(path)
+            paths.append(path)
+    except OSError as error:
+        raise UserError(f"`out` can't be written: {error}.") from error
+    return paths

@@ -1,0 +1,1 @@
+"""Training: options, preparation, objective, loop, checkpoints."""

@@ -1,0 +1,313 @@
+"""The training loop: from a pipeline and a folder of pictures to an adapter in a run folder."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from atomtune.adapter import Adapter
+from atomtune.atoms import measure, order_by_importance
+from atomtune.backbones import Backbone, Conditioning, backbone_of, base_name, denoiser, join, select
+from atomtune.data.order import batch_at
+from atomtune.errors import UserError
+from atomtune.sampling import generate
+from atomtune.sparse import anneal_k, dead_atoms
+from atomtune.training import checkpoints, gating, objective
+from atomtune.training.options import TrainOptions
+from atomtune.training.prepare import Material, prepare
+from atomtune.tuner import AtomConfig, atom_layers, attach, base_only, override_gate, prompt_gate, record
+
+NAME = "default"
+ANNEAL = 0.4
+"""Share of the steps over which k falls from all atoms to `k`."""
+
+
+def train(
+    pipe: Any,
+    data: str | Path,
+    out: str | Path,
+    options: TrainOptions | None = None,
+    *,
+    resume: bool = False,
+    command: str = "",
+    progress: bool = True,
+) -> Adapter:
+    """Train an adapter on a folder of pictures; returns it attached to the pipeline, saved in `out`.
+
+    `out` receives options.json, log.jsonl, checkpoints/, samples/ and the adapter's own files. With `resume`
+    the newest whole checkpoint goes on, and its losses are those of an uninterrupted run. Raises UserError on
+    bad data or options before anything is trained, and on a loss that is not finite.
+    """
+    options = options or TrainOptions()
+    run = Path(out)
+    backbone = backbone_of(pipe)
+    options = _claim(run, options, resume)
+    accelerator = Accelerator(mixed_precision=options.mixed_precision, gradient_accumulation_steps=1, cpu=_on_cpu(pipe))
+    material = prepare(pipe, backbone, Path(data), options, run)
+    base = denoiser(pipe)
+    _attach(pipe, backbone, material, options)
+    with _training_mode(base, options):
+        state = _Run(pipe, backbone, material, options, run, accelerator)
+        state.resume() if resume else None
+        state.steps(progress)
+    gate_report = gating.calibrate(base, backbone, material, NAME) if options.gated else {}
+    statistics = measure(base, backbone, material.latents, material.conditioning, masks=material.masks)
+    statistics = order_by_importance(base, statistics)
+    adapter = Adapter(pipe, statistics)
+    meta = {"concept": options.concept, "steps": options.steps, "seed": options.seed, **gate_report}
+    adapter.save(run, {"command": command, **meta})
+    return adapter
+
+
+def _claim(run: Path, options: TrainOptions, resume: bool) -> TrainOptions:
+    """Make the run folder ours. A resumed run keeps the options it began with."""
+    path = run / "options.json"
+    if resume:
+        if not path.is_file():
+            raise UserError(f"`out` must be the folder of a run to resume, but {run} has no options.json.")
+        return TrainOptions.from_json(path.read_text(encoding="utf-8"))
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise UserError(f"`out` exists and is not empty: {run}. Choose another folder, or go on with --resume.")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        path.write_text(options.to_json(), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"`out` can't be written: {error}.") from error
+    return options
+
+
+def _on_cpu(pipe: Any) -> bool:
+    return bool(pipe.vae.device.type == "cpu")
+
+
+def _attach(pipe: Any, backbone: Backbone, material: Material, options: TrainOptions) -> None:
+    embeds = material.conditioning[backbone.gate_input]
+    config = AtomConfig(
+        n_atoms=options.n_atoms,
+        sparsifier=options.sparsifier,
+        k=options.k,
+        target_modules=list(options.sites or backbone.sites),
+        gate_input=backbone.gate_input if options.gated else None,
+        gate_mask=backbone.gate_mask if options.gated else None,
+        gate_dim=embeds.shape[-1] if options.gated else None,
+        base_model_name_or_path=base_name(pipe),
+    )
+    torch.manual_seed(options.seed)
+    attach(denoiser(pipe), config, NAME)
+
+
+@contextmanager
+def _training_mode(base: Any, options: TrainOptions) -> Iterator[None]:
+    """Freeze the base; gradient checkpointing where asked. The model stays in eval mode: no dropout."""
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_("atom_" in name)
+    if options.gradient_checkpointing:
+        base.enable_gradient_checkpointing()
+    try:
+        yield
+    finally:
+        if options.gradient_checkpointing:
+            base.disable_gradient_checkpointing()
+
+
+class _Run:
+    """The state of a run between steps. Every random draw is a function of the seed and the step."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        backbone: Backbone,
+        material: Material,
+        options: TrainOptions,
+        run: Path,
+        accelerator: Accelerator,
+    ) -> None:
+        self.pipe, self.backbone, self.material, self.options = pipe, backbone, material, options
+        self.run, self.accelerator = run, accelerator
+        self.base = denoiser(pipe)
+        self.optimizer = self._optimizer()
+        self.done = 0
+        self.silent_for: dict[str, Tensor] = {}
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        layers = atom_layers(self.base, NAME)
+        dictionaries = [p for layer in layers.values() for p in layer.dictionary(NAME).parameters()]
+        groups = [{"params": dictionaries, "lr": self.options.lr}]
+        gate = prompt_gate(self.base, NAME)
+        if gate is not None:
+            groups.append({"params": list(gate.parameters()), "lr": gating.LEARNING_RATE})
+        for group in groups:
+            group["rate"] = group["lr"]
+        return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+
+    def resume(self) -> None:
+        found = checkpoints.newest(self.run)
+        if found is not None:
+            self.done, folder = found
+            self.optimizer = checkpoints.restore(folder, self.base, self._optimizer, NAME)
+        _cut_log(self.run / "log.jsonl", self.done)
+
+    def steps(self, progress: bool) -> None:
+        bar = tqdm(
+            total=self.options.steps,
+            initial=self.done,
+            disable=not (progress and self.accelerator.is_main_process),
+            unit="step",
+            dynamic_ncols=True,
+        )
+        with bar, (self.run / "log.jsonl").open("a", encoding="utf-8") as log:
+            try:
+                while self.done < self.options.steps:
+                    begin = time.monotonic()
+                    terms = self.step(self.done)
+                    self.done += 1
+                    rate = self.options.batch_size * self.options.grad_accumulation / (time.monotonic() - begin)
+                    line = {"step": self.done, **{k: round(v, 6) for k, v in terms.items()}}
+                    print(json.dumps(line | {"pictures_per_second": round(rate, 2)}), file=log, flush=True)
+                    bar.update()
+                    bar.set_postfix({k: f"{v:.4g}" for k, v in terms.items()} | {"pic/s": f"{rate:.1f}"})
+                    if self.done % self.options.checkpoint_every == 0 or self.done == self.options.steps:
+                        self.checkpoint()
+                    if self.options.sample_every and self.done % self.options.sample_every == 0:
+                        self.sample()
+            except KeyboardInterrupt:
+                if self.done:
+                    self.checkpoint()
+                raise
+
+    def checkpoint(self) -> None:
+        if self.accelerator.is_main_process:
+            keep = self.options.keep_checkpoints
+            checkpoints.save(self.run, self.done, self.base, self.optimizer, NAME, keep)
+
+    def sample(self) -> None:
+        """Validation pictures; a failure is told and does not end the run."""
+        prompts = list(self.options.sample_prompts or dict.fromkeys(self.material.captions))[:4]
+        try:
+            folder = self.run / "samples"
+            folder.mkdir(exist_ok=True)
+            # The gate is not calibrated yet: these prompts are the concept's, so it stands open.
+            with torch.no_grad(), override_gate(self.base, 1.0 if self.options.gated else None, NAME):
+                pictures = generate(self.pipe, prompts, seed=self.options.seed)
+            for i, picture in enumerate(pictures):
+                picture.save(folder / f"step-{self.done:06d}-{i}.png")
+        except (RuntimeError, OSError, ValueError) as error:
+            tqdm.write(f"warning: validation pictures at step {self.done} failed: {error}")
+
+    def step(self, step: int) -> dict[str, float]:
+        """One optimizer step; returns every term of the loss under its own name."""
+        o = self.options
+        factor = schedule(step, o.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["rate"] * factor
+        self._set_k(step)
+        terms: dict[str, float] = {}
+        for part in range(o.grad_accumulation):
+            losses = self._losses(step * o.grad_accumulation + part)
+            l0 = losses.pop("l0")
+            total = torch.stack(list(losses.values())).sum()
+            if not math.isfinite(total.item()):
+                raise UserError(self._not_finite(step, losses))
+            self.accelerator.backward(total / o.grad_accumulation)
+            for name, value in {**losses, "l0": l0}.items():
+                terms[name] = terms.get(name, 0.0) + value.item() / o.grad_accumulation
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, o.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise UserError(self._not_finite(step, {"gradient": norm}))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"loss": sum(v for k, v in terms.items() if k != "l0"), **terms}
+
+    def _set_k(self, step: int) -> None:
+        if self.options.k is None:
+            return
+        for layer in atom_layers(self.base, NAME).values():
+            dictionary = layer.dictionary(NAME)
+            share = min(1.0, step / max(1, ANNEAL * self.options.steps))
+            dictionary.sparsifier.k = anneal_k(share, dictionary.n_atoms, min(self.options.k, dictionary.n_atoms))
+
+    def _losses(self, micro: int) -> dict[str, Tensor]:
+        """The weighted terms of the loss on micro-batch number `micro`, and l0."""
+        o, m, backbone = self.options, self.material, self.backbone
+        generator = torch.Generator().manual_seed((o.seed << 32) + micro)
+        rows = torch.tensor(batch_at(micro, len(m.latents), o.batch_size, o.seed))
+        latents, conditioning = m.latents[rows], select(m.conditioning, rows)
+        concept, others = slice(0, len(rows)), slice(len(rows), None)
+        if o.unrelated_rows:
+            picks = torch.randint(len(m.unrelated_latents), (o.unrelated_rows,), generator=generator)
+            latents = torch.cat([latents, m.unrelated_latents[picks]])
+            conditioning = join(conditioning, select(m.unrelated_conditioning, picks))
+        s = objective.DENSITIES[backbone.density](len(latents), generator).to(latents.device)
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        x, velocity = objective.noised(latents, s, noise)
+        tokens = math.prod(backbone.grid(self.base, latents))
+        # The gate learns from labels below; here it stands open, so that atoms learn to be silent themselves.
+        forced = override_gate(self.base, 1.0 if o.gated else None, NAME)
+        with self.accelerator.autocast(), forced, record(self.base, NAME) as recording:
+            predicted = backbone.predict(self.base, x, s, conditioning)
+        losses = {"task": objective.flow_matching(predicted[concept], velocity[concept])}
+        if o.unrelated_rows and o.silence:
+            quiet = objective.silence(recording, backbone, conditioning, tokens, others, o.margin)
+            losses["silence"] = o.silence * quiet
+        if o.unrelated_rows and o.distill:
+            at = torch.arange(len(rows), len(latents))
+            with self.accelerator.autocast():
+                plain = self._base_prediction(x[others], s[others], select(conditioning, at))
+            losses["distill"] = o.distill * objective.flow_matching(predicted[others], plain)
+        if o.sparsity:
+            layers = atom_layers(self.base, NAME)
+            atoms = {site: layer.dictionary(NAME).atoms for site, layer in layers.items()}
+            losses["sparsity"] = o.sparsity * objective.sparsity(recording, atoms, concept)
+        if o.dead:
+            losses["dead"] = o.dead * self._wake(recording.pre_codes)
+        if o.gated:
+            losses["gate"] = gating.loss(self.base, backbone, m, generator, NAME)
+        return losses | {"l0": torch.tensor(objective.mean_l0(recording, concept))}
+
+    @torch.no_grad()
+    def _base_prediction(self, x: Tensor, s: Tensor, conditioning: Conditioning) -> Tensor:
+        with base_only(self.base):
+            return self.backbone.predict(self.base, x, s, conditioning)
+
+    def _wake(self, pre_codes: dict[str, list[Tensor]]) -> Tensor:
+        """The dead-atom term: atoms silent for 50 steps are pulled up."""
+        terms = []
+        for site, calls in pre_codes.items():
+            fired = (calls[-1] > 0).flatten(0, -2).any(0)
+            quiet = self.silent_for.get(site, torch.zeros_like(fired, dtype=torch.long))
+            self.silent_for[site] = torch.where(fired, 0, quiet + 1)
+            terms.append(dead_atoms(calls[-1], self.silent_for[site] > 50))
+        return torch.stack(terms).sum()
+
+    def _not_finite(self, step: int, losses: dict[str, Tensor]) -> str:
+        bad = [name for name, value in losses.items() if not torch.isfinite(value)]
+        found = checkpoints.newest(self.run)
+        good = f"The last good checkpoint is {found[1]}." if found else "There is no checkpoint yet."
+        return f"Training stopped at step {step + 1}: `{', '.join(bad)}` is not finite. {good} Lower --lr."
+
+
+def schedule(step: int, steps: int) -> float:
+    """Factor on the learning rate: linear over the first 5 % of the steps, then cosine to a tenth."""
+    warm = max(1, steps // 20)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
+
+
+def _cut_log(path: Path, done: int) -> None:
+    """Forget logged steps after the checkpoint that a resumed run starts from."""
+    if path.exists():
+        lines = [ln for ln in path.read_text(encoding="utf-8").splitlines() if ln.startswith("{")]
+        whole = [ln for ln in lines if ln.endswith("}") and json.loads(ln)["step"] <= done]
+        path.write_text("".join(f"{ln}\n" for ln in whole), encoding="utf-8")

@@ -1,0 +1,44 @@
+"""The PEFT method: importing this package registers it, so that PEFT's own loaders know the files."""
+
+from .config import FORMAT_VERSION, AtomConfig
+from .gate import GateShares, PromptGate, override_gate, prompt_gate
+from .layer import AtomLinear
+from .model import (
+    AtomModel,
+    Recording,
+    adapter_config,
+    atom_layers,
+    attach,
+    base_only,
+    record,
+    remove_adapter,
+    unwrap,
+)
+from .register import register
+from .store import fingerprint, load, load_statistics, prune, save
+
+register(AtomConfig, AtomModel)
+
+__all__ = [
+    "FORMAT_VERSION",
+    "AtomConfig",
+    "AtomLinear",
+    "AtomModel",
+    "GateShares",
+    "PromptGate",
+    "Recording",
+    "adapter_config",
+    "atom_layers",
+    "attach",
+    "base_only",
+    "fingerprint",
+    "load",
+    "load_statistics",
+    "override_gate",
+    "prompt_gate",
+    "prune",
+    "record",
+    "remove_adapter",
+    "save",
+    "unwrap",
+]

@@ -1,0 +1,284 @@
+"""The prompt gate: one sparse code of the prompt that turns a whole adapter on or off, per sample."""
+
+import inspect
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from atomtune.errors import UserError
+
+from .config import AtomConfig, close_names
+from .layer import AtomLayer, AtomLinear
+
+ATTRIBUTE = "atom_gate"
+Embeds = Tensor | list[Tensor] | tuple[Tensor, ...]
+
+
+class GateShares(NamedTuple):
+    """What a calibration measured: exactly silent unrelated prompts, fully open concept prompts."""
+
+    silent_share: float
+    open_share: float
+
+
+class PromptGate(nn.Module):
+    """clamp((1 + z) / 2, 0, 1) with z = max over tokens of w . norm(e_t) - b, norm being RMS over features.
+
+    Exactly 0 for z <= -1, exactly 1 for z >= 1. Starts fully open (w = 0, b = -1). Always in float32: a
+    cast of the whole model moves it to another device but leaves its dtype, and so its calibration, alone.
+    """
+
+    def __init__(self, gate_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(gate_dim, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.tensor(-1.0, dtype=torch.float32))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PromptGate":
+        return super()._apply(lambda t: fn(t) if t.is_meta else t.to(fn(t).device), recurse)
+
+    def pre_code(self, embeds: Embeds, mask: Tensor | None = None) -> Float[Tensor, " batch"]:
+        """z of each prompt.
+
+        `embeds`: (B, T, gate_dim), or a list of B tensors (T_i, gate_dim) with real tokens only; a mask
+        (B, T), true at real tokens. A prompt without a real token gives -inf.
+        """
+        if isinstance(embeds, (list, tuple)):
+            return torch.cat([self.pre_code(one.unsqueeze(0)) for one in embeds])
+        if embeds.ndim != 3 or embeds.shape[-1] != len(self.weight):
+            raise UserError(
+                f"Prompt embeddings must be (batch, tokens, {len(self.weight)}), got {tuple(embeds.shape)}. "
+                "Check `gate_input` and `gate_dim`."
+            )
+        wide = embeds.float()
+        # Products and sums, not a matmul: autocast would run that in half precision.
+        z = (wide * self.weight).sum(-1) * wide.square().mean(-1).clamp_min(1e-12).rsqrt()
+        if mask is not None:
+            if mask.shape != z.shape:
+                raise UserError(
+                    f"The prompt mask must be (batch, tokens) = {tuple(z.shape)}, got {tuple(mask.shape)}. "
+                    "Check `gate_mask`."
+                )
+            z = z.masked_fill(~mask.bool(), -math.inf)
+        return z.amax(-1) - self.bias
+
+    def forward(self, embeds: Embeds, mask: Tensor | None = None) -> Float[Tensor, " batch"]:
+        return (0.5 + 0.5 * self.pre_code(embeds, mask)).clamp(0, 1)
+
+    @torch.no_grad()
+    def calibrate(
+        self,
+        unrelated: Float[Tensor, " m"],
+        concept: Float[Tensor, " n"],
+        silent_share: float = 0.995,
+    ) -> GateShares:
+        """Move bias and scale: at least `silent_share` of held-out unrelated prompts become exactly silent.
+
+        Both arguments are `pre_code`s of this gate. The gap between the highest silenced unrelated prompt
+        (all of them, if the two kinds separate) and the lowest concept prompt above it is cut in the middle:
+        silent up to a quarter of it, fully open from three quarters. Concept prompts below stay shut.
+        """
+        if not 0 < silent_share <= 1:
+            raise UserError(f"`silent_share` must be above 0 and at most 1, got {silent_share}.")
+        if not len(unrelated) or not len(concept):
+            raise UserError("Calibration needs at least one unrelated and one concept prompt.")
+        low, high = unrelated.double().sort().values, concept.double().sort().values
+        tolerance = 1e-3 * (1 + high[-1].abs().item())
+        top = low[math.ceil(silent_share * len(low)) - 1].item()
+        if high[0].item() > low[-1].item() + tolerance:
+            top = low[-1].item()
+        above = high[high > top + tolerance]
+        gap = above[0].item() - top if len(above) else 4.0  # nothing to open: keep the slope
+        slope = 4 / gap  # z runs from -1 to 1 over half the gap
+        shift = -1 - slope * (top + gap / 4)
+        self.weight.mul_(slope)
+        self.bias.copy_(slope * self.bias.double() - shift)
+        return GateShares(
+            silent_share=(slope * low + shift <= -1).double().mean().item(),
+            open_share=(slope * high + shift >= 1).double().mean().item(),
+        )
+
+
+class GateValues:
+    """The gates of the last forward; a plain object, so that every layer of a model can hold it."""
+
+    def __init__(self) -> None:
+        self.computed: dict[str, Tensor] = {}
+        self.forced: dict[str, Tensor] = {}
+
+    def read(self, adapter: str) -> Tensor:
+        """(B,) or () for the adapter."""
+        if adapter in self.forced:
+            return self.forced[adapter]
+        if adapter not in self.computed:
+            raise UserError(
+                f"Adapter {adapter!r} has a prompt gate, but no prompt embeddings reached the base model's "
+                "forward. Pass them, or use `override_gate`."
+            )
+        return self.computed[adapter]
+
+
+class _Argument(NamedTuple):
+    """Where an argument of a forward is found."""
+
+    name: str
+    position: int | None
+
+    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.name in kwargs:
+            return kwargs[self.name]
+        if self.position is not None and self.position < len(args):
+            return args[self.position]
+        return None
+
+
+class PromptGates(nn.Module, AtomLayer):
+    """The gates of a model by adapter, as its submodule `atom_gate`; one hook on the model reads the prompts.
+
+    A tuner layer in PEFT's eyes: saved, trained, switched and deleted with the adapter by all its doors.
+    """
+
+    adapter_layer_names = ("gates",)
+    other_param_names = ("r", "inputs")
+    # BaseTunerLayer's properties look for a wrapped layer, and there is none.
+    weight = None  # type: ignore[assignment]
+    bias = None  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gates = nn.ModuleDict()
+        self.values = GateValues()
+        self.inputs: dict[str, tuple[_Argument, _Argument | None]] = {}
+        self.r: dict[str, int] = {}
+        self.handle: Any = None
+
+    def gate(self, adapter: str) -> PromptGate:
+        """The adapter's gate, typed."""
+        found = self.gates[adapter]
+        assert isinstance(found, PromptGate)
+        return found
+
+    def before_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The hook: compute every adapter's gate from the arguments of the forward."""
+        if not hasattr(model, "peft_config"):  # diffusers' unload_lora knows nothing of gates
+            uninstall(model)
+            return
+        self.values.computed.clear()
+        if self.disable_adapters:
+            return
+        for adapter, gate in self.gates.items():
+            embeds, mask = self.inputs[adapter]
+            found = embeds.find(args, kwargs)
+            if found is not None and adapter not in self.values.forced:
+                found_mask = None if mask is None else mask.find(args, kwargs)
+                self.values.computed[adapter] = gate(found, found_mask)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.values.computed.pop(adapter_name, None)
+        if not self.gates and self.handle is not None:
+            # The empty module stays until `uninstall`: callers may be walking over the modules.
+            self.handle.remove()
+            self.handle = None
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Gates are made on the model's device."""
+
+
+def install(model: nn.Module, adapter: str, config: AtomConfig, layers: list[AtomLinear]) -> PromptGate:
+    """Attach a gate for the adapter to the base model and let its layers read it."""
+    assert config.gate_input is not None
+    assert config.gate_dim is not None
+    inputs = (
+        _argument(model, config.gate_input, "gate_input"),
+        None if config.gate_mask is None else _argument(model, config.gate_mask, "gate_mask"),
+    )
+    gates = installed(model)
+    if gates is None:
+        gates = PromptGates()
+        setattr(model, ATTRIBUTE, gates)
+    if gates.handle is None:
+        gates.handle = model.register_forward_pre_hook(_hook, with_kwargs=True)
+    gate = PromptGate(config.gate_dim)
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    gates.gates[adapter] = gate.to(device)
+    gates.inputs[adapter] = inputs
+    gates.r[adapter] = 1
+    for layer in layers:
+        layer.gates[adapter] = gates.values
+    return gate
+
+
+def _hook(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    gates = installed(model)
+    if gates is not None:
+        gates.before_forward(model, args, kwargs)
+
+
+def check_inputs(model: nn.Module, config: AtomConfig) -> None:
+    """Raise UserError where the base model's forward lacks the arguments the gate reads."""
+    for field in ("gate_input", "gate_mask"):
+        if getattr(config, field) is not None:
+            _argument(model, getattr(config, field), field)
+
+
+def installed(model: nn.Module) -> PromptGates | None:
+    """The model's gates, if it has any."""
+    found = getattr(model, ATTRIBUTE, None)
+    return found if isinstance(found, PromptGates) else None
+
+
+def uninstall(model: nn.Module) -> None:
+    """Take the gates and their hook off a model that no gated adapter uses."""
+    gates = installed(model)
+    if gates is not None:
+        if gates.handle is not None:
+            gates.handle.remove()
+        delattr(model, ATTRIBUTE)
+
+
+def prompt_gate(model: nn.Module, adapter: str = "default") -> PromptGate | None:
+    """The adapter's gate, or None. `model` is the base model or anything around it."""
+    for module in model.modules():
+        if isinstance(module, PromptGates):
+            return module.gate(adapter) if adapter in module.gates else None
+    return None
+
+
+@contextmanager
+def override_gate(
+    model: nn.Module, values: float | Float[Tensor, " batch"] | None, adapter: str | None = None
+) -> Iterator[None]:
+    """Force the gate of an adapter (None: of all) to a number, or one a sample; no values: force nothing."""
+    gates = next((module for module in model.modules() if isinstance(module, PromptGates)), None)
+    names = [] if gates is None else [name for name in gates.gates if adapter in (None, name)]
+    if values is None:
+        yield
+        return
+    if gates is None or not names:
+        raise UserError("`override_gate` needs an adapter with a prompt gate. Set `gate_input` in its config.")
+    before = dict(gates.values.forced)
+    gates.values.forced.update(dict.fromkeys(names, torch.as_tensor(values).to(gates.gate(names[0]).weight)))
+    try:
+        yield
+    finally:
+        gates.values.forced.clear()
+        gates.values.forced.update(before)
+
+
+def _argument(model: nn.Module, name: str, field: str) -> _Argument:
+    parameters = list(inspect.signature(type(model).forward).parameters.values())[1:]
+    names = [parameter.name for parameter in parameters]
+    if name in names:
+        at = names.index(name)
+        positional = parameters[at].kind is not inspect.Parameter.KEYWORD_ONLY
+        return _Argument(name, at if positional else None)
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
+        return _Argument(name, None)
+    raise UserError(
+        f"`{field}` must be an argument of {type(model).__name__}.forward, got {name!r}.{close_names(name, names)}"
+    )

@@ -1,0 +1,413 @@
+"""Adapters on disk, in PEFT's layout: written whole or not at all, loaded whole or not at all."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from atomtune.errors import UserError
+
+from . import gate
+from .config import FORMAT_VERSION, AtomConfig, close_names
+from .layer import AtomLinear
+from .model import adapter_config, atom_layers, attach, remove_adapter, site_name, unwrap
+from .register import NAME
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+STATISTICS = "statistics.safetensors"
+CARD = "README.md"
+PICTURES = "pictures"
+_OURS = (WEIGHTS, CONFIG, STATISTICS, CARD, PICTURES)
+_ROOT = "base_model.model."  # PeftModel.from_pretrained wants it in the keys
+_PARTIAL = "partial:"
+_SAMPLES = 64
+
+
+# --------------------------------------------------------------------------------------------------- save
+
+
+def save(
+    model: Any,
+    folder: str | Path,
+    adapter: str = "default",
+    *,
+    card: dict[str, Any] | None = None,
+    statistics: dict[str, dict[str, Tensor]] | None = None,
+) -> Path:
+    """Write the adapter to a folder that `load` and PeftModel.from_pretrained read; returns the folder.
+
+    `statistics`: tensors by site and name. `card`: `title`, `text`, `base_model`, `license`, `tags`,
+    `pictures` (paths, copied in, or pairs of path and caption); any other entry is a row of a table.
+    An existing adapter is replaced in one rename, and only by a complete one that was read back; files in
+    the folder that are not ours stay. Raises UserError on NaN or infinite weights, a folder that holds
+    something else, or a disk that fails.
+    """
+    folder = Path(folder).resolve()
+    base = unwrap(model)
+    tensors = {key: t.detach().cpu().contiguous() for key, t in _adapter_tensors(base, adapter).items()}
+    _check_finite(tensors, "Training diverged; nothing was saved.")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file. Give a folder.")
+    config = dataclasses.replace(
+        adapter_config(base, adapter),
+        base_fingerprint=fingerprint(base),
+        atomtune_version=importlib.metadata.version("atomtune"),
+        inference_mode=True,
+    )
+    fresh = folder.with_name(f".{folder.name}.saving")
+    try:
+        _recover(folder)
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        safetensors.torch.save_file(tensors, fresh / WEIGHTS, metadata={"format": "pt"})
+        (fresh / CONFIG).write_text(json.dumps(_plain(config), indent=2, sort_keys=True) + "\n")
+        if statistics:
+            flat = {
+                f"{site}.{name}": t.detach().cpu().contiguous()
+                for site, named in statistics.items()
+                for name, t in named.items()
+            }
+            safetensors.torch.save_file(flat, fresh / STATISTICS, metadata={"format": "pt"})
+        (fresh / CARD).write_text(_card(config, card or {}, fresh))
+        _check_same(_read_tensors(fresh / WEIGHTS), tensors)
+        _replace(folder, fresh)
+    except OSError as error:
+        raise UserError(f"Could not write {folder}: {error}. What was there before is untouched.") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return folder
+
+
+def _adapter_tensors(base: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """The adapter's parameters and buffers themselves, by their key in the file."""
+    found = {
+        f"{_ROOT}{site}.atom_dictionary.{name}": tensor
+        for site, layer in atom_layers(base, adapter).items()
+        for name, tensor in layer.dictionary(adapter).state_dict().items()
+    }
+    prompts = gate.prompt_gate(base, adapter)
+    for name, tensor in ({} if prompts is None else prompts.state_dict()).items():
+        found[f"{_ROOT}{gate.ATTRIBUTE}.gates.{name}"] = tensor
+    return found
+
+
+def _plain(config: AtomConfig) -> dict[str, Any]:
+    return {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+
+
+def _replace(folder: Path, fresh: Path) -> None:
+    """Put the complete folder `fresh` at `folder`, keeping files there that are not ours."""
+    for path in [*fresh.rglob("*"), fresh]:
+        _sync(path)
+    previous = _previous(folder)
+    if folder.exists():
+        os.rename(folder, previous)
+    os.rename(fresh, folder)
+    _sync(folder.parent)
+    _recover(folder)
+
+
+def _recover(folder: Path) -> None:
+    """Finish a replacement that was cut off: at no time is the only good copy without a way back."""
+    previous = _previous(folder)
+    if not previous.is_dir():
+        return
+    if not folder.exists():
+        os.rename(previous, folder)
+        return
+    for entry in previous.iterdir():
+        if entry.name not in _OURS and not (folder / entry.name).exists():
+            os.rename(entry, folder / entry.name)
+    shutil.rmtree(previous)
+
+
+def _previous(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.previous")
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _card(config: AtomConfig, card: Mapping[str, Any], fresh: Path) -> str:
+    """The model card; copies its pictures into the folder."""
+    base = card.get("base_model") or config.base_model_name_or_path
+    head = {"library_name": "peft", "base_model": base, "license": card.get("license")}
+    sizes = [config.atoms_at(site) for site in config.sites or []]
+    rows = {
+        "base model": base,
+        "atoms": f"{sum(sizes)} at {sum(size > 0 for size in sizes)} of {len(sizes)} sites",
+        "sparsifier": config.sparsifier,
+        "prompt gate": "yes" if config.gate_input else "no",
+        "atomtune": config.atomtune_version,
+    }
+    own = ("title", "text", "base_model", "license", "tags", "pictures")
+    rows |= {name: value for name, value in card.items() if name not in own}
+    # JSON strings are YAML strings: nothing in a title can break the front matter.
+    front = [f"{name}: {json.dumps(value)}" for name, value in head.items() if value]
+    front.append(f"tags: {json.dumps(['atomtune', *card.get('tags', [])])}")
+    lines = ["---", *front, "---", f"# {card.get('title', 'An atomtune adapter')}", ""]
+    if card.get("text"):
+        lines += [card["text"], ""]
+    lines += ["| | |", "|---|---|"]
+    lines += [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
+    for number, picture in enumerate(card.get("pictures", [])):
+        path, caption = picture if isinstance(picture, tuple) else (picture, "")
+        target = Path(PICTURES) / f"{number:02d}{Path(path).suffix}"
+        (fresh / PICTURES).mkdir(exist_ok=True)
+        shutil.copyfile(path, fresh / target)
+        lines += ["", f"![{caption}]({target})"]
+    lines += ["", "```python", "import atomtune", "adapter = atomtune.load(pipe, folder)", "```", ""]
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------------- load
+
+
+def load(
+    model: Any,
+    folder: str | Path,
+    adapter: str = "default",
+    *,
+    allow_other_base: bool = False,
+    trainable: bool = False,
+) -> None:
+    """Attach the adapter in a folder; it becomes the active atom adapter.
+
+    Raises UserError, with the model as it was, on: missing, truncated or foreign files, keys or shapes that
+    don't fit, NaN or infinite weights, a newer format, or another base than the adapter was trained on
+    (a warning with `allow_other_base`).
+    """
+    folder = Path(folder).resolve()
+    base = unwrap(model)
+    config, tensors = _read(folder)
+    config.inference_mode = not trainable
+    _check_base(base, config, allow_other_base)
+    with _untouched_on_error(model, base, adapter):
+        attach(model, config, adapter)
+        targets = _adapter_tensors(base, adapter)
+        _check_keys(targets, tensors, folder)
+        with torch.no_grad():
+            for key, target in targets.items():
+                target.copy_(tensors[key])
+
+
+def load_statistics(folder: str | Path) -> dict[str, dict[str, Tensor]]:
+    """The tensors saved beside an adapter, by site and name; empty where none were saved."""
+    path = Path(folder) / STATISTICS
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in (_read_tensors(path) if path.exists() else {}).items():
+        site, _, name = key.rpartition(".")
+        found.setdefault(site, {})[name] = tensor
+    return found
+
+
+def _read(folder: Path) -> tuple[AtomConfig, dict[str, Tensor]]:
+    """The checked content of a folder, with keys as `save` writes them."""
+    _recover(folder)
+    if not folder.is_dir():
+        raise UserError(f"There is no folder {folder}.")
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} holds no adapter: {name} is missing.")
+    config = _read_config(folder / CONFIG)
+    tensors = _read_tensors(folder / WEIGHTS)
+    _check_finite(tensors, f"{folder / WEIGHTS} is not usable.")
+    tensors = {_ROOT + site_name(key.removeprefix(_ROOT)): tensor for key, tensor in tensors.items()}
+    if not any(".atom_dictionary." in key for key in tensors):
+        raise UserError(f"{folder / WEIGHTS} holds no atoms: none of its {len(tensors)} keys match.")
+    # Before anything of that size is made: the config must not promise more than the file holds.
+    for site in config.sites or []:
+        atoms = tensors.get(f"{_ROOT}{site}.atom_dictionary.atoms")
+        held = 0 if atoms is None else len(atoms)
+        if config.atoms_at(site) != held:
+            raise UserError(f"{folder}: {CONFIG} says {config.atoms_at(site)} atoms at {site}, {WEIGHTS} holds {held}.")
+    return config, tensors
+
+
+def _read_config(path: Path) -> AtomConfig:
+    try:
+        values = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} can't be read: {error}.") from error
+    if not isinstance(values, dict) or values.get("peft_type") != NAME:
+        kind = values.get("peft_type") if isinstance(values, dict) else None
+        raise UserError(f"{path} describes a {kind} adapter, not an atom adapter. Load it with its own library.")
+    version = values.get("format_version", FORMAT_VERSION)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format {version}, written by atomtune {values.get('atomtune_version')}; "
+            f"this one reads up to {FORMAT_VERSION}. Upgrade atomtune."
+        )
+    known = {field.name for field in dataclasses.fields(AtomConfig)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        warnings.warn(f"{path}: unknown entries ignored: {', '.join(unknown)}.", stacklevel=4)
+    try:
+        config = AtomConfig(**{name: value for name, value in values.items() if name in known})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not valid: {error}") from error
+    if not isinstance(config.sites, list) or not all(isinstance(site, str) for site in config.sites):
+        raise UserError(f"{path} is not valid: `sites` must list the sites, got {config.sites!r}.")
+    return config
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is broken or not a safetensors file: {error}.") from error
+
+
+@contextmanager
+def _untouched_on_error(model: Any, base: nn.Module, adapter: str) -> Iterator[None]:
+    """Take the adapter off again on an error, and give back what was trainable and active before."""
+    configs = getattr(base, "peft_config", None) or {}
+    if adapter in configs:
+        raise UserError(f"An adapter named {adapter!r} is already attached. Choose another name or delete it.")
+    trainable = [(p, p.requires_grad) for p in base.parameters()]
+    active = [(m, m._active_adapter) for m in base.modules() if isinstance(m, BaseTunerLayer)]
+    of_wrapper = model.active_adapter if isinstance(model, PeftModel) else None
+    try:
+        yield
+    except Exception:
+        if adapter in (getattr(base, "peft_config", None) or {}):
+            remove_adapter(model, adapter)
+        for layer, names in active:
+            layer._active_adapter = names
+        for parameter, flag in trainable:
+            parameter.requires_grad_(flag)
+        if of_wrapper is not None:
+            model.active_adapter = of_wrapper
+            model.base_model.active_adapter = of_wrapper
+        raise
+
+
+def _check_keys(targets: dict[str, Tensor], tensors: dict[str, Tensor], folder: Path) -> None:
+    missing, unexpected = sorted(set(targets) - set(tensors)), sorted(set(tensors) - set(targets))
+    if missing:
+        raise UserError(f"{folder / WEIGHTS} lacks {len(missing)} of {len(targets)} keys: {missing[0]}, ...")
+    if unexpected:
+        raise UserError(f"{folder / WEIGHTS} has {len(unexpected)} keys that don't fit: {unexpected[0]}, ...")
+    for key, target in targets.items():
+        if target.shape != tensors[key].shape or target.is_floating_point() != tensors[key].is_floating_point():
+            raise UserError(
+                f"{folder / WEIGHTS}: {key} is {tensors[key].dtype} {tuple(tensors[key].shape)}, "
+                f"the base model needs {target.dtype} {tuple(target.shape)}."
+            )
+
+
+def _check_finite(tensors: dict[str, Tensor], then: str) -> None:
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise UserError(f"{key} holds NaN or infinite values. {then}")
+
+
+def _check_same(read: dict[str, Tensor], written: dict[str, Tensor]) -> None:
+    if read.keys() != written.keys() or not all(torch.equal(read[key], written[key]) for key in read):
+        raise OSError("the file read back differs from what was written")
+
+
+# ------------------------------------------------------------------------------------------- fingerprint
+
+
+def fingerprint(model: Any) -> str:
+    """A hash of the base model under any adapters: its class, and each parameter's name, shape and samples.
+
+    Samples are up to 64 values at even distances, rounded to bfloat16, so that float32 and bfloat16 loads of
+    one checkpoint agree. The config file is left out: a library's upgrade adds fields to it. Where
+    parameters are quantized or not in memory, they are skipped, and the result starts with `partial:`; such
+    a result can't be compared with a full one.
+    """
+    base = unwrap(model)
+    ours = {
+        id(parameter)
+        for layer in base.modules()
+        if isinstance(layer, BaseTunerLayer)
+        for name, child in layer.named_children()
+        if name != "base_layer"
+        for parameter in child.parameters()
+    }
+    named = sorted((site_name(name), p) for name, p in base.named_parameters() if id(p) not in ours)
+    plain = [(name, p.detach()) for name, p in named if _is_plain(p)]
+    digest = hashlib.sha256(type(base).__name__.encode())
+    for name, parameter in plain:
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        flat = parameter.flatten()
+        sample = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES]
+        digest.update(sample.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+    return ("" if len(plain) == len(named) else _PARTIAL) + digest.hexdigest()
+
+
+def _is_plain(parameter: nn.Parameter) -> bool:
+    return type(parameter.data) is Tensor and parameter.is_floating_point() and not parameter.is_meta
+
+
+def _check_base(base: nn.Module, config: AtomConfig, allow_other_base: bool) -> None:
+    if config.base_fingerprint is None:
+        return
+    here, there = fingerprint(base), config.base_fingerprint
+    if here == there:
+        return
+    if here.startswith(_PARTIAL) != there.startswith(_PARTIAL):
+        warnings.warn(
+            "The base model is quantized or offloaded, here or in training: whether it is the one this "
+            "adapter was trained on can't be checked.",
+            stacklevel=3,
+        )
+        return
+    name = f" ({config.base_model_name_or_path})" if config.base_model_name_or_path else ""
+    message = f"The adapter was trained on another base model{name} than this {type(base).__name__}."
+    if not allow_other_base:
+        raise UserError(f"{message} Load that base, or allow it with --allow-other-base.")
+    warnings.warn(message, stacklevel=3)
+
+
+# ------------------------------------------------------------------------------------------------- prune
+
+
+def prune(model: Any, keep: dict[str, Tensor], adapter: str = "default") -> None:
+    """Keep only the atoms at `keep[site]` (indices into the site's present atoms, in their new order).
+
+    A site that keeps none is dropped; one that `keep` doesn't name stays whole. Parameters are new objects:
+    an optimizer made before no longer trains them.
+    """
+    config = adapter_config(model, adapter)
+    layers = atom_layers(model, adapter)
+    for site, index in keep.items():
+        if site not in layers:
+            raise UserError(f"`keep`: no site with atoms is named {site!r}.{close_names(site, layers)}")
+        n_atoms, chosen = layers[site].r[adapter], index.tolist()
+        if any(not 0 <= i < n_atoms for i in chosen) or len(set(chosen)) < len(chosen):
+            raise UserError(f"`keep`: indices at {site} must be different and below {n_atoms}, got {chosen}.")
+    for site, index in keep.items():
+        _select(layers[site], adapter, index.long())
+    sizes = {site: layer.r.get(adapter, 0) for site, layer in layers.items()}
+    config.size_pattern = {site: sizes.get(site, 0) for site in config.sites or []}
+
+
+def _select(layer: AtomLinear, adapter: str, index: Tensor) -> None:
+    if not len(index):
+        layer.drop(adapter)
+        return
+    strength = layer.atom_strength[adapter]
+    layer.set_dictionary(adapter, layer.dictionary(adapter).select(index), strength[index.to(strength.device)])
