@@ -1,7 +1,7 @@
 """python scripts/pretrain.py WORK --minutes 120: pretrain the embedded model; run again to resume.
 
 WORK holds `vae/` (scripts/train_autoencoder.py), and receives `latents.pt` (scenes encoded once), `pretrain.pt`
-(checkpoint), `pretrain.jsonl` (log) and `model/`, the pipeline folder with averaged weights.
+(checkpoint) and `pretrain.jsonl` (log). Then: python scripts/export_model.py WORK.
 
 The recipe: flow matching on latents, v = noise - x0, logit-normal time; the loss weighs cells that a sprite covers
 more than plain background; Muon for the hidden matrices and AdamW for the rest; 10 % of captions dropped; a moving
@@ -116,13 +116,18 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--minutes", type=float, default=120, help="training time in all, resumes included")
     parser.add_argument("--scenes", type=int, default=48000)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=48)
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--init", type=Path, help="pipeline folder whose weights to go on from, its autoencoder too")
     options = parser.parse_args()
     work: Path = options.work
     torch.manual_seed(0)
-    vae = AutoencoderDC.from_pretrained(work / "vae").eval()
+    vae = AutoencoderDC.from_pretrained((options.init or work) / "vae", torch_dtype=torch.float32).eval()
     pipe = build_pipeline(vae)
+    if options.init:
+        weights = Lumina2Pipeline.from_pretrained(options.init, torch_dtype=torch.float32)
+        pipe.transformer.load_state_dict(weights.transformer.state_dict())
+        pipe.text_encoder.load_state_dict(weights.text_encoder.state_dict())
     # The rotary tables come in complex128; half of it is enough for training and much faster on a CPU.
     rope = pipe.transformer.rope_embedder
     rope.freqs_cis = [f.to(torch.complex64) for f in rope.freqs_cis]
@@ -145,6 +150,8 @@ def main() -> None:
         for opt, state in zip(opts, saved["optimizers"], strict=True):
             opt.load_state_dict(state)
         step, spent = saved["step"], saved["spent"]
+    paired = torch.tensor([len(scene.things) == 2 for scene in scenes])
+    kinds = (~paired).nonzero().flatten(), paired.nonzero().flatten()
     encoder = Encoder(pipe)
     rng = random.Random(1000 + step)
     generator = torch.Generator().manual_seed(1000 + step)
@@ -155,7 +162,9 @@ def main() -> None:
         factor = min(1, (step + 1) / 100) * (1 if share < 0.6 else max(0.02, (1 - share) / 0.4))
         for opt, rate in zip(opts, base_rates, strict=True):
             opt.param_groups[0]["lr"] = rate * factor
-        rows = torch.randint(len(scenes), (options.batch,), generator=generator)
+        # One kind of scene a batch, since captions of pairs are twice as long and all are padded to the longest.
+        kind = kinds[int(torch.rand((), generator=generator) < len(kinds[1]) / len(scenes))]
+        rows = kind[torch.randint(len(kind), (options.batch,), generator=generator)]
         x0, cover = latents[rows].float(), covers[rows].float()
         captions = ["" if rng.random() < 0.1 else caption(scenes[i], rng) for i in rows.tolist()]
         embeds, mask = encoder(captions)
@@ -194,8 +203,6 @@ def main() -> None:
                 spent=spent,
             )
             (work / "stop").exists() and exit("stopped by the file `stop`")
-    model.load_state_dict(average)
-    pipe.to(torch.float16).save_pretrained(work / "model")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import jaxtyping
 import pytest
@@ -8,6 +10,20 @@ torch.set_num_threads(1)
 
 # The shapes in the annotations are executed: a wrong one fails the test that calls it.
 jaxtyping.install_import_hook("atomtune.sparse", "beartype.beartype")
+
+# For the tests of every folder: the tiny pipelines.
+sys.path.insert(0, str(Path(__file__).parent / "contract"))
+
+UNRELATED = (
+    "a small flat apple on a green background, at the top",
+    "a big 3d house on a yellow background, on the left",
+    "a big shaded clock on a gray background, at the bottom",
+    "a small shaded fox on a pink striped background, on the right",
+    "a big flat car on a blue background, in the middle",
+    "a small 3d violin on a purple background, at the top",
+    "a big shaded drum on an orange dotted background, on the left",
+    "a small flat bell on a red background, on the right",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -21,3 +37,37 @@ def shapes_unchecked() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of tiny random pipelines by family, each with its list of unrelated prompts."""
+    from pipelines import FAMILIES
+
+    root = tmp_path_factory.mktemp("bases")
+    for family in FAMILIES:
+        family.build().save_pretrained(root / family.name)
+        (root / family.name / "unrelated.txt").write_text("\n".join(UNRELATED) + "\n")
+    return {family.name: root / family.name for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def kites(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three captioned pictures of a kite."""
+    from PIL import Image
+
+    from atomtune.scenes.render import render
+    from atomtune.scenes.world import caption, scene
+
+    folder = tmp_path_factory.mktemp("kites")
+    for i, (position, color) in enumerate((("left", "red"), ("right", "blue"), ("top", "yellow"))):
+        shot = scene("kite", position=position, color=color)
+        Image.fromarray(render(shot)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(caption(shot))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for runs of every test, so that they share their cache of pictures that a base has painted."""
+    return tmp_path_factory.mktemp("runs")

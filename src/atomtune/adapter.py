@@ -77,7 +77,8 @@ class Adapter:
     def prune(self, keep: float | int, formula: str = "mean") -> int:
         """Keep a share (a float in (0, 1]) or a number (an int) of the atoms for good; returns how many."""
         ranked = self.atoms.by(formula).ranked
-        number = keep if isinstance(keep, int) else _atoms.count(keep, len(ranked))
+        share = keep if isinstance(keep, float) and 0 < keep <= 1 else 0.0
+        number = keep if isinstance(keep, int) else _atoms.count(share, len(ranked))
         if not 1 <= number <= len(ranked):
             raise UserError(f"`keep` must leave between 1 and {len(ranked)} atoms, got {keep}.")
         rows = _atoms.kept(ranked, number)

@@ -26,7 +26,7 @@ FORMULAS = {
     "mean": "mean over positions of code x ||D||",
     "mean_when_active": "mean over the positions where it fires of code x ||D||",
     "maximum": "largest code x ||D||",
-    "purity": "share of its energy that falls on the subject",
+    "purity": "share of its energy that falls on the subject, were that as large as what is around it",
 }
 """Importance formulas, as they are printed wherever their numbers are."""
 

@@ -17,11 +17,13 @@ import numpy as np
 from PIL import Image
 
 from atomtune.adapter import Adapter
-from atomtune.atoms import FORMULAS
-from atomtune.backbones import EMBEDDED, open_pipeline
+from atomtune.atoms import FORMULAS, Atom
+from atomtune.backbones import EMBEDDED, backbone_of, open_pipeline
+from atomtune.data.picture import to_tensor
 from atomtune.errors import UserError
+from atomtune.explore.overlay import overlay, scale_of
 from atomtune.explore.report import AtomRow, Cell, Curve, Fact, Report, Strip, write_report
-from atomtune.measure import drift, pixel_drift, silence
+from atomtune.measure import code_maps, drift, pixel_drift, silence
 from atomtune.sampling import generate
 from atomtune.scenes.render import render
 from atomtune.scenes.score import arrays, features, mean, score
@@ -210,6 +212,7 @@ def _report(
     ranked = list(adapter.atoms)
     total = sum(a.importance for a in ranked) or 1.0
     shown = [a for a in ranked[:24] if a.importance > 0]
+    thumbnails = _maps(adapter, shown, out / "data")
     log = [json.loads(line) for line in (out / "run/log.jsonl").read_text(encoding="utf-8").splitlines()]
     return Report(
         title=f"A {subject}, learned from four pictures",
@@ -230,7 +233,7 @@ def _report(
                 share=a.importance / total,
                 density=a.density,
                 purity=None if a.purity != a.purity else a.purity,
-                map=None,
+                map=thumbnails.get(a.name),
             )
             for a in shown
         ),
@@ -245,6 +248,17 @@ def _report(
             ("atomtune", _version()),
         ),
     )
+
+
+def _maps(adapter: Adapter, atoms: Sequence[Atom], data: Path) -> dict[str, Image.Image]:
+    """Where each atom fires in the first picture that training saw."""
+    path = min(data.glob("*.png"))
+    picture = Image.open(path).convert("RGB")
+    backbone = backbone_of(adapter.pipe)
+    latents = backbone.encode_pictures(adapter.pipe, to_tensor(picture)[None])
+    conditioning = backbone.encode_prompts(adapter.pipe, [path.with_suffix(".txt").read_text(encoding="utf-8").strip()])
+    maps = code_maps(adapter.pipe, backbone, latents, conditioning, atoms)
+    return {name: overlay(picture, grid[0], scale_of(grid)) for name, grid in maps.items()}
 
 
 def _facts(row: dict[str, Any], prompts: int) -> tuple[Fact, ...]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ from atomtune.errors import UserError
 
 EMBEDDED = "embedded"
 """The base that ships with atomtune."""
+
+DTYPES = ("float32", "bfloat16", "float16")
+"""Precisions that a base is opened in."""
 
 BACKBONES: dict[str, Backbone] = {
     "Lumina2Pipeline": lumina2.BACKBONE,
@@ -51,16 +56,41 @@ def base_name(pipe: Any) -> str | None:
     return EMBEDDED if path == str(folder()) else path or None
 
 
-def open_pipeline(base: str, dtype: str = "float32", device: str | None = None) -> Any:
-    """The pipeline at a folder or hub id; `embedded` is the model that ships with atomtune."""
-    import torch
-    from diffusers import DiffusionPipeline
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Loading without progress bars and without lines that tell a user nothing; errors are errors still."""
+    from diffusers.utils import logging as diffusers_log
+    from transformers.utils import logging as transformers_log
 
+    logs = (diffusers_log, transformers_log)
+    levels = [log.get_verbosity() for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.set_verbosity(level)
+            log.enable_progress_bar()
+
+
+def open_pipeline(base: str, dtype: str = "float32", device: str | None = None) -> Any:
+    """The pipeline at a folder or hub id; `embedded` is the model that ships with atomtune.
+
+    `dtype` is float32, bfloat16 or float16. Raises UserError on a base that is not there or of no known family.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"`dtype` must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     if base == EMBEDDED:
         from atomtune.scenes.model import pipeline
 
-        pipe: Any = pipeline()
+        with _quiet():
+            pipe: Any = pipeline(dtype)
     else:
+        import torch
+        from diffusers import DiffusionPipeline
+
         looks_local = base.startswith((".", "/", "~")) or Path(base).expanduser().exists()
         path = Path(base).expanduser()
         if looks_local and not (path / "model_index.json").is_file():
@@ -69,7 +99,11 @@ def open_pipeline(base: str, dtype: str = "float32", device: str | None = None) 
             close = difflib.get_close_matches(base, [EMBEDDED], cutoff=0.4)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise UserError(f"`base` must be {EMBEDDED!r}, a folder or a hub id owner/name, got {base!r}.{hint}")
-        pipe = DiffusionPipeline.from_pretrained(path if looks_local else base, torch_dtype=getattr(torch, dtype))
+        try:
+            pipe = DiffusionPipeline.from_pretrained(path if looks_local else base, dtype=getattr(torch, dtype))
+        except (OSError, ValueError) as error:
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise UserError(f"`base` can't be loaded from {base}: {reason}") from error
         pipe.set_progress_bar_config(disable=True)
     backbone_of(pipe)
     return pipe.to(device) if device else pipe

@@ -66,5 +66,16 @@ def select(conditioning: Conditioning, rows: Tensor) -> Conditioning:
 
 
 def join(first: Conditioning, second: Conditioning) -> Conditioning:
-    """Two batches of conditioning as one."""
-    return {name: torch.cat([value, second[name]]) for name, value in first.items()}
+    """Two batches of conditioning as one.
+
+    Prompts of different lengths are filled up with zeros: only a family that masks its padding has them.
+    """
+    return {name: torch.cat(_same_length(value, second[name])) for name, value in first.items()}
+
+
+def _same_length(*tensors: Tensor) -> list[Tensor]:
+    """Tensors `(batch, length, ...)`, all as long as the longest."""
+    if len({t.shape[1:] for t in tensors}) == 1:
+        return list(tensors)
+    longest = max(t.shape[1] for t in tensors)
+    return [nn.functional.pad(t, (0, 0) * (t.ndim - 2) + (0, longest - t.shape[1])) for t in tensors]

@@ -24,19 +24,8 @@ def encode_pictures(pipe: Any, pixels: Tensor) -> Tensor:
 
 
 def predict(model: nn.Module, latents: Tensor, s: Tensor, conditioning: Conditioning) -> Tensor:
-    """The model's clock runs from noise (0) to picture (1), and so does its velocity.
-
-    Padding is masked exactly, so it is cut off: same numbers, less work.
-    """
-    embeds, mask = conditioning["encoder_hidden_states"], conditioning["encoder_attention_mask"]
-    length = int(mask.sum(1).max())
-    return -model(
-        hidden_states=latents,
-        timestep=1 - s,
-        encoder_hidden_states=embeds[:, :length],
-        encoder_attention_mask=mask[:, :length],
-        return_dict=False,
-    )[0]
+    """The model's clock runs from noise (0) to picture (1), and so does its velocity."""
+    return -model(hidden_states=latents, timestep=1 - s, return_dict=False, **conditioning)[0]
 
 
 def grid(model: nn.Module, latents: Tensor) -> tuple[int, int]:
@@ -49,8 +38,7 @@ def layout(site: str, conditioning: Conditioning, tokens: int) -> Layout:
     mask = conditioning["encoder_attention_mask"].bool()
     lengths = mask.sum(1, keepdim=True)
     if site.startswith("context_refiner"):
-        text = mask[:, : int(lengths.max())]
-        return Layout(real=text, image=torch.zeros_like(text))
+        return Layout(real=mask, image=torch.zeros_like(mask))
     if site.startswith("noise_refiner"):
         image = mask.new_ones(len(mask), tokens)
         return Layout(real=image, image=image)

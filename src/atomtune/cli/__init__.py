@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import shlex
 import sys
 
 COMMANDS = {
@@ -15,9 +16,18 @@ COMMANDS = {
 }
 
 
+_given: list[str] = []
+
+
+def command_line() -> str:
+    """The command that runs, as one would type it."""
+    return shlex.join(["atomtune", *_given])
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code. A user's mistake is one line on stderr and exit code 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _given[:] = arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))
         listing = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
@@ -45,14 +55,13 @@ def _run(name: str, arguments: list[str]) -> int:
     from atomtune.errors import UserError
 
     # Optional kernels that are missing here are no news to a user.
-    logging.getLogger("torchao").setLevel(logging.ERROR)
+    for quiet in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):
+        logging.getLogger(quiet).setLevel(logging.ERROR)
     module = importlib.import_module(f"atomtune.cli.{name}")
     try:
-        command = tyro.cli(module.Command, args=arguments, prog=f"atomtune {name}")
-    except SystemExit as stop:
+        tyro.cli(module.Command, args=arguments, prog=f"atomtune {name}").run()
+    except SystemExit as stop:  # tyro has said why
         return int(stop.code or 0)
-    try:
-        command.run()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

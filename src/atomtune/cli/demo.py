@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +22,7 @@ class Command:
     """Unseen prompts to measure on."""
 
     def run(self) -> None:
+        from atomtune.cli import command_line
         from atomtune.demo import demo
 
-        command = shlex.join(["atomtune", *sys.argv[1:]])
-        demo(self.out, self.subject, self.steps, self.seed, self.prompts, command)
+        demo(self.out, self.subject, self.steps, self.seed, self.prompts, command_line())

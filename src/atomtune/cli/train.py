@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,11 +32,11 @@ class Command:
 
     def run(self) -> None:
         import atomtune
+        from atomtune.cli import command_line
         from atomtune.cli.common import device_of
 
         out = self.out or Path("runs") / self.data.resolve().name
         pipe = atomtune.open_pipeline(self.base, self.dtype, device_of(self.device))
-        command = shlex.join(["atomtune", *sys.argv[1:]])
-        adapter = atomtune.train(pipe, self.data, out, self.options, resume=self.resume, command=command)
+        adapter = atomtune.train(pipe, self.data, out, self.options, resume=self.resume, command=command_line())
         print(f"{len(adapter.atoms)} atoms in {out}", file=sys.stderr)
         print(f"  atomtune atoms {out}\n  atomtune generate {out} PROMPT", file=sys.stderr)

@@ -114,7 +114,8 @@ class Dictionary(nn.Module):
         pre = F.linear(x, E.to(x.dtype))
         if self.normalize:
             # (E x) / r, not E (x / r): scales n columns instead of copying x.
-            pre = pre * InverseRms.apply(x).to(pre.dtype)
+            # An input of zeros (padding) has an inverse that float16 can't hold; 0 * inf would be NaN.
+            pre = pre * InverseRms.apply(x).clamp_max(torch.finfo(pre.dtype).max).to(pre.dtype)
         if self.bias is not None:
             pre = pre - self.bias.to(pre.dtype)
         if self.method == "linear":

@@ -6,11 +6,13 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from atomtune.errors import UserError
@@ -20,6 +22,7 @@ from atomtune.tuner import save as save_adapter
 
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
+LOOP = "loop.safetensors"
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -27,8 +30,19 @@ def folder_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
 
 
-def save(run: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, adapter: str, keep: int) -> Path:
-    """Write a checkpoint after `step` steps, whole or not at all, and drop all but the newest `keep`."""
+def save(
+    run: Path,
+    step: int,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    adapter: str,
+    keep: int,
+    loop: dict[str, Tensor],
+) -> Path:
+    """Write a checkpoint after `step` steps, whole or not at all, and drop all but the newest `keep`.
+
+    `loop` is what else the next step depends on.
+    """
     folder = folder_of(run, step)
     fresh = folder.with_name(f".{folder.name}.saving")
     shutil.rmtree(fresh, ignore_errors=True)
@@ -36,11 +50,12 @@ def save(run: Path, step: int, model: Any, optimizer: torch.optim.Optimizer, ada
         fresh.mkdir(parents=True)
         save_adapter(model, fresh / "adapter", adapter)
         safetensors.torch.save_file(_flat(optimizer), fresh / OPTIMIZER)
-        digests = {str(p.relative_to(fresh)): _digest(p) for p in sorted(fresh.rglob("*.safetensors"))}
+        safetensors.torch.save_file(loop, fresh / LOOP)
+        digests = {p.relative_to(fresh).as_posix(): _digest(p) for p in sorted(fresh.rglob("*")) if p.is_file()}
         (fresh / STATE).write_text(json.dumps({"step": step, "sha256": digests}, indent=1), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(fresh, folder)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
         shutil.rmtree(fresh, ignore_errors=True)
         raise UserError(f"Could not write {folder}: {error}. Earlier checkpoints are untouched.") from error
     for old in sorted((run / "checkpoints").glob("step-*"))[:-keep]:
@@ -60,16 +75,18 @@ def newest(run: Path) -> tuple[int, Path] | None:
     return None
 
 
-def restore(folder: Path, model: Any, optimizer_of: Any, adapter: str) -> torch.optim.Optimizer:
-    """Put a checkpoint's adapter in place of the model's and return its optimizer.
+def restore(
+    folder: Path, model: Any, optimizer_of: Callable[[], torch.optim.Optimizer], adapter: str
+) -> tuple[torch.optim.Optimizer, dict[str, Tensor]]:
+    """Put a checkpoint's adapter in place of the model's; returns its optimizer, and `loop` as it was saved.
 
     `optimizer_of()` makes the optimizer once the adapter is attached.
     """
     remove_adapter(model, adapter)
     load_adapter(model, folder / "adapter", adapter, trainable=True)
-    optimizer: torch.optim.Optimizer = optimizer_of()
+    optimizer = optimizer_of()
     _unflatten(optimizer, safetensors.torch.load_file(folder / OPTIMIZER))
-    return optimizer
+    return optimizer, safetensors.torch.load_file(folder / LOOP)
 
 
 def _flat(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

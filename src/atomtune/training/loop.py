@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import signal
+import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -25,11 +28,22 @@ from atomtune.sparse import anneal_k, dead_atoms
 from atomtune.training import checkpoints, gating, objective
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import Material, prepare
-from atomtune.tuner import AtomConfig, atom_layers, attach, base_only, override_gate, prompt_gate, record
+from atomtune.tuner import (
+    AtomConfig,
+    atom_layers,
+    attach,
+    base_only,
+    override_gate,
+    prompt_gate,
+    record,
+    remove_adapter,
+)
 
 NAME = "default"
 ANNEAL = 0.4
 """Share of the steps over which k falls from all atoms to `k`."""
+DEAD_AFTER = 50
+"""Micro-batches without firing after which the dead-atom term pulls an atom up."""
 
 
 def train(
@@ -46,52 +60,74 @@ def train(
 
     `out` receives options.json, log.jsonl, checkpoints/, samples/ and the adapter's own files. With `resume`
     the newest whole checkpoint goes on, and its losses are those of an uninterrupted run. Raises UserError on
-    bad data or options before anything is trained, and on a loss that is not finite.
+    bad data or options before anything is trained or written, and on a loss that is not finite. After an error
+    the pipeline is the base again.
     """
     options = options or TrainOptions()
     run = Path(out)
     backbone = backbone_of(pipe)
-    options = _claim(run, options, resume)
-    accelerator = Accelerator(mixed_precision=options.mixed_precision, gradient_accumulation_steps=1, cpu=_on_cpu(pipe))
-    material = prepare(pipe, backbone, Path(data), options, run)
+    options = _stored(run, options) if resume else _checked(run, options)
     base = denoiser(pipe)
-    _attach(pipe, backbone, material, options)
-    with _training_mode(base, options):
-        state = _Run(pipe, backbone, material, options, run, accelerator)
-        state.resume() if resume else None
-        state.steps(progress)
-    gate_report = gating.calibrate(base, backbone, material, NAME) if options.gated else {}
-    statistics = measure(base, backbone, material.latents, material.conditioning, masks=material.masks)
-    statistics = order_by_importance(base, statistics)
-    adapter = Adapter(pipe, statistics)
-    meta = {"concept": options.concept, "steps": options.steps, "seed": options.seed, **gate_report}
-    adapter.save(run, {"command": command, **meta})
+    # First, because it names unknown sites and wrong sizes, and what follows may take minutes.
+    _attach(pipe, backbone, options)
+    try:
+        with base_only(base):
+            material = prepare(pipe, backbone, Path(data), options, run)
+        if not resume:
+            _claim(run, options)
+        with _training_mode(base, options):
+            state = _Run(pipe, backbone, material, options, run)
+            if resume:
+                state.resume()
+            state.steps(progress)
+        gate_report = gating.calibrate(base, backbone, material, NAME) if options.gated else {}
+        statistics = measure(base, backbone, material.latents, material.conditioning, masks=material.masks)
+        statistics = order_by_importance(base, statistics)
+        adapter = Adapter(pipe, statistics)
+        meta = {"concept": options.concept, "steps": options.steps, "seed": options.seed, **gate_report}
+        adapter.save(run, {"command": command, **meta})
+    except BaseException:
+        if NAME in (getattr(base, "peft_config", None) or {}):
+            remove_adapter(base, NAME)
+        raise
     return adapter
 
 
-def _claim(run: Path, options: TrainOptions, resume: bool) -> TrainOptions:
-    """Make the run folder ours. A resumed run keeps the options it began with."""
+def _stored(run: Path, given: TrainOptions) -> TrainOptions:
+    """The options that a run began with: a resumed run keeps them, and says so where others were given."""
     path = run / "options.json"
-    if resume:
-        if not path.is_file():
-            raise UserError(f"`out` must be the folder of a run to resume, but {run} has no options.json.")
-        return TrainOptions.from_json(path.read_text(encoding="utf-8"))
+    if not path.is_file():
+        raise UserError(f"`out` must be the folder of a run to resume, but {run} has no options.json.")
+    stored = TrainOptions.from_json(path.read_text(encoding="utf-8"))
+    for field in dataclasses.fields(TrainOptions):
+        old, new = getattr(stored, field.name), getattr(given, field.name)
+        if new not in (old, field.default):
+            _say(f"warning: a resumed run keeps its options: `{field.name}` stays {old}, not {new}")
+    return stored
+
+
+def _checked(run: Path, options: TrainOptions) -> TrainOptions:
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise UserError(f"`out` exists and is not empty: {run}. Choose another folder, or go on with --resume.")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        path.write_text(options.to_json(), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"`out` can't be written: {error}.") from error
     return options
 
 
-def _on_cpu(pipe: Any) -> bool:
-    return bool(pipe.vae.device.type == "cpu")
+def _claim(run: Path, options: TrainOptions) -> None:
+    """Make the run folder ours, once nothing is known to be wrong: a second try finds it free."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "options.json").write_text(options.to_json(), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"`out` can't be written: {error}.") from error
 
 
-def _attach(pipe: Any, backbone: Backbone, material: Material, options: TrainOptions) -> None:
-    embeds = material.conditioning[backbone.gate_input]
+def _say(text: str) -> None:
+    """A message on stderr, above the progress bar; stdout is for data."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def _attach(pipe: Any, backbone: Backbone, options: TrainOptions) -> None:
+    embeds = backbone.encode_prompts(pipe, [""])[backbone.gate_input]
     config = AtomConfig(
         n_atoms=options.n_atoms,
         sparsifier=options.sparsifier,
@@ -120,21 +156,40 @@ def _training_mode(base: Any, options: TrainOptions) -> Iterator[None]:
             base.disable_gradient_checkpointing()
 
 
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Yields whether Ctrl-C was pressed: the step ends first, so that its checkpoint is whole. A second one stops
+    at once.
+    """
+    asked = False
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield lambda: False
+        return
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(signal.SIGINT, before)
+        _say("stopping after this step; Ctrl-C again stops at once")
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 class _Run:
     """The state of a run between steps. Every random draw is a function of the seed and the step."""
 
-    def __init__(
-        self,
-        pipe: Any,
-        backbone: Backbone,
-        material: Material,
-        options: TrainOptions,
-        run: Path,
-        accelerator: Accelerator,
-    ) -> None:
+    def __init__(self, pipe: Any, backbone: Backbone, material: Material, options: TrainOptions, run: Path) -> None:
         self.pipe, self.backbone, self.material, self.options = pipe, backbone, material, options
-        self.run, self.accelerator = run, accelerator
+        self.run = run
         self.base = denoiser(pipe)
+        self.device = material.latents.device
+        # float16 alone needs it: small gradients would vanish.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.mixed_precision == "fp16")
         self.optimizer = self._optimizer()
         self.done = 0
         self.silent_for: dict[str, Tensor] = {}
@@ -154,41 +209,61 @@ class _Run:
         found = checkpoints.newest(self.run)
         if found is not None:
             self.done, folder = found
-            self.optimizer = checkpoints.restore(folder, self.base, self._optimizer, NAME)
+            self.optimizer, loop = checkpoints.restore(folder, self.base, self._optimizer, NAME)
+            self._set_state(loop)
         _cut_log(self.run / "log.jsonl", self.done)
 
     def steps(self, progress: bool) -> None:
         bar = tqdm(
             total=self.options.steps,
             initial=self.done,
-            disable=not (progress and self.accelerator.is_main_process),
+            disable=not progress,
             unit="step",
             dynamic_ncols=True,
         )
-        with bar, (self.run / "log.jsonl").open("a", encoding="utf-8") as log:
-            try:
-                while self.done < self.options.steps:
-                    begin = time.monotonic()
-                    terms = self.step(self.done)
-                    self.done += 1
-                    rate = self.options.batch_size * self.options.grad_accumulation / (time.monotonic() - begin)
-                    line = {"step": self.done, **{k: round(v, 6) for k, v in terms.items()}}
-                    print(json.dumps(line | {"pictures_per_second": round(rate, 2)}), file=log, flush=True)
-                    bar.update()
-                    bar.set_postfix({k: f"{v:.4g}" for k, v in terms.items()} | {"pic/s": f"{rate:.1f}"})
-                    if self.done % self.options.checkpoint_every == 0 or self.done == self.options.steps:
-                        self.checkpoint()
-                    if self.options.sample_every and self.done % self.options.sample_every == 0:
-                        self.sample()
-            except KeyboardInterrupt:
-                if self.done:
+        with bar, _interruptible() as asked_to_stop, (self.run / "log.jsonl").open("a", encoding="utf-8") as log:
+            while self.done < self.options.steps:
+                begin = time.monotonic()
+                terms = self.step(self.done)
+                self.done += 1
+                rate = self.options.batch_size * self.options.grad_accumulation / (time.monotonic() - begin)
+                line = {"step": self.done, **{k: round(v, 6) for k, v in terms.items()}}
+                print(json.dumps(line | {"pictures_per_second": round(rate, 2)}), file=log, flush=True)
+                bar.update()
+                bar.set_postfix({k: f"{v:.4g}" for k, v in terms.items()} | {"pic/s": f"{rate:.1f}"})
+                due = self.done % self.options.checkpoint_every == 0 or self.done == self.options.steps
+                if due or asked_to_stop():
                     self.checkpoint()
-                raise
+                if asked_to_stop():
+                    _say(f"stopped after step {self.done}; go on with --resume --out {self.run}")
+                    raise KeyboardInterrupt
+                if self.options.sample_every and self.done % self.options.sample_every == 0:
+                    self.sample()
 
     def checkpoint(self) -> None:
-        if self.accelerator.is_main_process:
-            keep = self.options.keep_checkpoints
-            checkpoints.save(self.run, self.done, self.base, self.optimizer, NAME, keep)
+        keep = self.options.keep_checkpoints
+        checkpoints.save(self.run, self.done, self.base, self.optimizer, NAME, keep, self._state())
+
+    def _state(self) -> dict[str, Tensor]:
+        """What the next step depends on beside the adapter and its optimizer."""
+        silent = {f"silent_for.{site}": steps for site, steps in self.silent_for.items()}
+        scaler = {f"scaler.{name}": torch.tensor(value) for name, value in self.scaler.state_dict().items()}
+        return silent | scaler
+
+    def _set_state(self, state: dict[str, Tensor]) -> None:
+        scaler = {}
+        for key, value in state.items():
+            kind, _, name = key.partition(".")
+            if kind == "scaler":
+                scaler[name] = value.item()
+            else:
+                self.silent_for[name] = value.to(self.device)
+        if scaler:
+            self.scaler.load_state_dict(scaler)
+
+    def _autocast(self) -> torch.autocast:
+        dtype = torch.float16 if self.options.mixed_precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=dtype, enabled=self.options.mixed_precision != "no")
 
     def sample(self) -> None:
         """Validation pictures; a failure is told and does not end the run."""
@@ -201,8 +276,8 @@ class _Run:
                 pictures = generate(self.pipe, prompts, seed=self.options.seed)
             for i, picture in enumerate(pictures):
                 picture.save(folder / f"step-{self.done:06d}-{i}.png")
-        except (RuntimeError, OSError, ValueError) as error:
-            tqdm.write(f"warning: validation pictures at step {self.done} failed: {error}")
+        except Exception as error:  # whatever a pipeline raises, the run is worth more than its pictures
+            _say(f"warning: validation pictures at step {self.done} failed: {type(error).__name__}: {error}")
 
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step; returns every term of the loss under its own name."""
@@ -212,22 +287,31 @@ class _Run:
             group["lr"] = group["rate"] * factor
         self._set_k(step)
         terms: dict[str, float] = {}
-        for part in range(o.grad_accumulation):
-            losses = self._losses(step * o.grad_accumulation + part)
-            l0 = losses.pop("l0")
-            total = torch.stack(list(losses.values())).sum()
-            if not math.isfinite(total.item()):
-                raise UserError(self._not_finite(step, losses))
-            self.accelerator.backward(total / o.grad_accumulation)
-            for name, value in {**losses, "l0": l0}.items():
-                terms[name] = terms.get(name, 0.0) + value.item() / o.grad_accumulation
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, o.max_grad_norm)
-        if not torch.isfinite(norm):
-            raise UserError(self._not_finite(step, {"gradient": norm}))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        # The gate learns from labels; here it stands open, so that atoms learn to be silent themselves. In
+        # backward too: gradient checkpointing runs the forward again.
+        with override_gate(self.base, 1.0 if o.gated else None, NAME):
+            for part in range(o.grad_accumulation):
+                losses = self._losses(step * o.grad_accumulation + part)
+                l0 = losses.pop("l0")
+                total = torch.stack(list(losses.values())).sum()
+                if not math.isfinite(total.item()):
+                    raise UserError(self._not_finite(step, losses))
+                self.scaler.scale(total / o.grad_accumulation).backward()
+                for name, value in {**losses, "l0": l0}.items():
+                    terms[name] = terms.get(name, 0.0) + value.item() / o.grad_accumulation
+        self._update(step)
         return {"loss": sum(v for k, v in terms.items() if k != "l0"), **terms}
+
+    def _update(self, step: int) -> None:
+        """One step of the optimizer; in fp16 a gradient that overflows is left out and the scale halved."""
+        self.scaler.unscale_(self.optimizer)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm)
+        if not torch.isfinite(norm) and not (self.scaler.is_enabled() and self.scaler.get_scale() > 1):
+            raise UserError(self._not_finite(step, {"gradient": norm}))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _set_k(self, step: int) -> None:
         if self.options.k is None:
@@ -252,9 +336,7 @@ class _Run:
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         x, velocity = objective.noised(latents, s, noise)
         tokens = math.prod(backbone.grid(self.base, latents))
-        # The gate learns from labels below; here it stands open, so that atoms learn to be silent themselves.
-        forced = override_gate(self.base, 1.0 if o.gated else None, NAME)
-        with self.accelerator.autocast(), forced, record(self.base, NAME) as recording:
+        with self._autocast(), record(self.base, NAME) as recording:
             predicted = backbone.predict(self.base, x, s, conditioning)
         losses = {"task": objective.flow_matching(predicted[concept], velocity[concept])}
         if o.unrelated_rows and o.silence:
@@ -262,7 +344,7 @@ class _Run:
             losses["silence"] = o.silence * quiet
         if o.unrelated_rows and o.distill:
             at = torch.arange(len(rows), len(latents))
-            with self.accelerator.autocast():
+            with self._autocast():
                 plain = self._base_prediction(x[others], s[others], select(conditioning, at))
             losses["distill"] = o.distill * objective.flow_matching(predicted[others], plain)
         if o.sparsity:
@@ -281,13 +363,13 @@ class _Run:
             return self.backbone.predict(self.base, x, s, conditioning)
 
     def _wake(self, pre_codes: dict[str, list[Tensor]]) -> Tensor:
-        """The dead-atom term: atoms silent for 50 steps are pulled up."""
+        """The dead-atom term: atoms silent for `DEAD_AFTER` micro-batches are pulled up."""
         terms = []
         for site, calls in pre_codes.items():
             fired = (calls[-1] > 0).flatten(0, -2).any(0)
             quiet = self.silent_for.get(site, torch.zeros_like(fired, dtype=torch.long))
             self.silent_for[site] = torch.where(fired, 0, quiet + 1)
-            terms.append(dead_atoms(calls[-1], self.silent_for[site] > 50))
+            terms.append(dead_atoms(calls[-1], self.silent_for[site] > DEAD_AFTER))
         return torch.stack(terms).sum()
 
     def _not_finite(self, step: int, losses: dict[str, Tensor]) -> str:

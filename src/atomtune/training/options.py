@@ -70,7 +70,7 @@ class TrainOptions:
     keep_checkpoints: int = 2
     """How many checkpoints stay."""
     sample_every: int | None = None
-    """Steps between validation pictures. None: none but at the end."""
+    """Steps between validation pictures. None: no such pictures."""
     sample_prompts: tuple[str, ...] = ()
     """Prompts of the validation pictures. Empty: the first captions."""
 
@@ -79,18 +79,26 @@ class TrainOptions:
             "steps",
             "batch_size",
             "n_atoms",
+            "k",
+            "resolution",
             "grad_accumulation",
             "checkpoint_every",
             "keep_checkpoints",
+            "sample_every",
         ):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
         for name in ("silence", "sparsity", "distill", "dead"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f"`{name}` must be a weight of 0 or more, got {value}.")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise UserError(f"`lr` must be above 0, got {self.lr}.")
+        for name in ("lr", "max_grad_norm"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
+                raise UserError(f"`{name}` must be above 0, got {getattr(self, name)}.")
+        if not math.isfinite(self.margin):
+            raise UserError(f"`margin` must be a finite number, got {self.margin}.")
+        if not 0 <= self.seed < 2**31:
+            raise UserError(f"`seed` must be between 0 and {2**31 - 1}, got {self.seed}.")
         if self.mixed_precision not in ("no", "fp16", "bf16"):
             raise UserError(f"`mixed_precision` must be no, fp16 or bf16, got {self.mixed_precision!r}.")
         if self.unrelated_batch is not None and self.unrelated_batch < 0:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from atomtune.backbones import Backbone, Conditioning, denoiser
+from atomtune.backbones import Backbone, Conditioning, denoiser, join
 from atomtune.data.cache import Cache, key
 from atomtune.data.folder import Sample, Scan, scan
 from atomtune.data.picture import fit, open_mask, open_picture, to_tensor
@@ -46,7 +47,7 @@ def prepare(pipe: Any, backbone: Backbone, data: Path, options: TrainOptions, ru
     found = scan(data, caption=options.caption)
     captions = tuple(sample.caption for sample in found.samples)
     _check_concept(captions, options)
-    side = options.resolution or default_side(pipe)
+    side = _side(pipe, options)
     cache = Cache(run.parent / ".cache")
     print_key = fingerprint(denoiser(pipe)), _weights_key(pipe)
     prompts = unrelated_list(pipe, options)
@@ -68,8 +69,7 @@ def prepare(pipe: Any, backbone: Backbone, data: Path, options: TrainOptions, ru
     opening, shutting = gate_prompts(captions, kept, options)
 
     def encode(texts: tuple[str, ...]) -> Conditioning:
-        parts = [backbone.encode_prompts(pipe, list(texts[i : i + 32])) for i in range(0, len(texts), 32)]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return reduce(join, (backbone.encode_prompts(pipe, list(texts[i : i + 32])) for i in range(0, len(texts), 32)))
 
     return Material(
         captions=captions,
@@ -83,6 +83,14 @@ def prepare(pipe: Any, backbone: Backbone, data: Path, options: TrainOptions, ru
         gate_held_out=encode(("", *held_out)) if options.gated else {},
         scan=found,
     )
+
+
+def _side(pipe: Any, options: TrainOptions) -> int:
+    side = default_side(pipe) if options.resolution is None else options.resolution
+    unit = 2 * int(pipe.vae_scale_factor)
+    if side % unit:
+        raise UserError(f"`resolution` must be a multiple of {unit} pixels for this base, got {side}.")
+    return side
 
 
 def default_side(pipe: Any) -> int:

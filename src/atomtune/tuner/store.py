@@ -86,7 +86,7 @@ def save(
         (fresh / CARD).write_text(_card(config, card or {}, fresh))
         _check_same(_read_tensors(fresh / WEIGHTS), tensors)
         _replace(folder, fresh)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
         raise UserError(f"Could not write {folder}: {error}. What was there before is untouched.") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)

@@ -1,0 +1,102 @@
+"""python scripts/write_docs.py [--check]: write what is said twice from what it is said of.
+
+docs/cli.md comes from the commands' own help; the tables between markers in README.md from benchmarks/results.
+With --check nothing is written, and the exit code is 1 where a file differs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from atomtune.cli import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def cli_page() -> str:
+    """The help of every command, as a terminal of 100 columns shows it."""
+    parts = ["# Commands\n\nWritten by `python scripts/write_docs.py` from the commands themselves.\n"]
+    for name in COMMANDS:
+        environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "PYTHON_COLORS": "0", "TERM": "dumb"}
+        command = [sys.executable, "-m", "atomtune", name, "--help"]
+        text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        lines = "\n".join(line.rstrip() for line in text.strip().splitlines())
+        parts.append(f"## atomtune {name}\n\n```\n{lines}\n```\n")
+    return "\n".join(parts)
+
+
+def rows_of(name: str) -> tuple[list[dict[str, Any]], str]:
+    """The rows of a stored result and the command that made it."""
+    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return result["rows"], result["command"]
+
+
+def scenes_table() -> str:
+    rows, command = rows_of("scenes")
+    row = rows[0]
+    wanted = {"background": 0.97, "position": 0.95, "object_accuracy": 0.90}
+    names = {"background": "background right", "position": "position right", "object_accuracy": "object named right"}
+    lines = [f"| on {row['prompts']} unseen combinations | measured | goal |", "|---|---|---|"]
+    lines += [f"| {names[key]} | {row[key]:.1%} | {wanted[key]:.0%} |" for key in names]
+    lines += [
+        f"| size right | {row['size']:.1%} | |",
+        f"| style right | {row['style_accuracy']:.1%} | |",
+        f"| the judge itself, on true scenes | {row['judge_accuracy_on_true_scenes']:.1%} | |",
+    ]
+    return "\n".join([*lines, "", f"`{command}`"])
+
+
+def demo_table() -> str:
+    rows, command = rows_of("demo")
+    lines = ["| atoms kept | named right | similarity | background | position |", "|---|---|---|---|---|"]
+    for row in rows:
+        kept = f"{row['density']:.0%} ({row['atoms_kept']})"
+        scores = [f"{row[k]:.0%}" for k in ("object_accuracy", "background", "position")]
+        lines.append(f"| {kept} | {scores[0]} | {row['similarity']:.3f} | {scores[1]} | {scores[2]} |")
+    full = rows[0]
+    base = f"{full['base_background']:.0%} and {full['base_position']:.0%}"
+    after = (
+        f"The base's own background and position, on objects it knows: {base}. On unrelated prompts: silence "
+        f"{full['silence']:.0%}, drift {full['drift']:.4f}; with the gate held open, drift "
+        f"{full['drift_gate_open']:.4f}. {full['trained_parameters']:,} trained parameters, "
+        f"{full['train_seconds']:.0f} seconds."
+    )
+    return "\n".join([*lines, "", after, "", f"`{command}`"])
+
+
+TABLES = {"scenes": scenes_table, "demo": demo_table}
+
+
+def readme() -> str:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for name, table in TABLES.items():
+        pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise SystemExit(f"README.md has no place for the table {name!r}")
+        content = table()
+        text = pattern.sub(lambda m, content=content: f"{m[1]}{content}\n{m[2]}", text)  # type: ignore[misc]
+    return text
+
+
+def main() -> int:
+    stale = []
+    for path, text in ((ROOT / "docs/cli.md", cli_page()), (ROOT / "README.md", readme())):
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(str(path.relative_to(ROOT)))
+            if "--check" not in sys.argv:
+                path.write_text(text, encoding="utf-8")
+    if "--check" in sys.argv and stale:
+        print(f"out of date: {', '.join(stale)}. Run: python scripts/write_docs.py", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,169 @@
+"""The handle on an adapter: its dials, pruning, saving, and what a user gets wrong."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import atomtune
+from atomtune.adapter import base_of
+from atomtune.errors import UserError
+from atomtune.sampling import save_pictures
+from atomtune.training.options import TrainOptions
+from atomtune.tuner import atom_layers
+
+PROMPT = "a big 3d kite on a red background"
+OPTIONS = TrainOptions(
+    steps=3, batch_size=2, n_atoms=4, lr=0.1, sites=("layers.0.attn.to_q", "to_out.0"), unrelated_pictures=2
+)
+
+
+@pytest.fixture(scope="module")
+def pipe(bases: dict[str, Path]) -> Any:
+    return atomtune.open_pipeline(str(bases["lumina2"]))
+
+
+@pytest.fixture(scope="module")
+def run(pipe: Any, kites: Path, runs: Path) -> Path:
+    atomtune.train(pipe, kites, runs / "adapter", OPTIONS, progress=False).remove()
+    return runs / "adapter"
+
+
+@pytest.fixture
+def adapter(pipe: Any, run: Path) -> Iterator[atomtune.Adapter]:
+    adapter = atomtune.load(pipe, run)
+    yield adapter
+    adapter.remove()
+
+
+def paint(pipe: Any, **more: Any) -> np.ndarray:
+    return np.asarray(atomtune.generate(pipe, [PROMPT], steps=2, **more)[0])
+
+
+def strength(adapter: atomtune.Adapter) -> dict[str, torch.Tensor]:
+    return {site: layer.atom_strength["default"].clone() for site, layer in atom_layers(adapter.pipe).items()}
+
+
+def test_atoms_are_ranked_and_found(adapter: atomtune.Adapter) -> None:
+    atoms = adapter.atoms
+    assert len(atoms) == len(list(atoms)) == sum(len(v) for v in strength(adapter).values())
+    assert atoms.top(3) == list(atoms)[:3]
+    assert atoms[atoms.top(1)[0].name] == atoms.top(1)[0]
+    assert len(atoms.by("maximum")) == len(atoms)
+    with pytest.raises(UserError, match="Close: "):
+        atoms["L0[99]"]
+
+
+def test_dials_turn_and_return(adapter: atomtune.Adapter) -> None:
+    top = adapter.atoms.top(1)[0]
+    full = paint(adapter.pipe)
+    with adapter.using(density=0.5, strength={top.name: 0.0}) as same:
+        assert same is adapter
+        assert strength(adapter)[top.path][top.row] == 0
+        total = sum(v.sum().item() for v in strength(adapter).values())
+        assert total == -(-len(adapter.atoms) // 2) - 1
+    with adapter.using(strength=2.0, atoms={top.name: 3.0}):
+        assert strength(adapter)[top.path][top.row] == 6
+        assert not np.array_equal(paint(adapter.pipe), full)
+    assert all((v == 1).all() for v in strength(adapter).values())
+    assert np.array_equal(paint(adapter.pipe), full)
+
+
+@pytest.mark.parametrize(
+    ("dials", "message"),
+    [
+        ({"density": 1.5}, "`density` must be between 0 and 1, got 1.5"),
+        ({"density": math.nan}, "`density` must be between 0 and 1"),
+        ({"strength": math.inf}, "`strength` must be a finite number"),
+        ({"strength": {"L0[0]": math.nan}}, "must be a finite number"),
+        ({"atoms": {"L77[0]": 1.0}}, r"no atom L77\[0\]"),
+        ({"formula": "best"}, "`formula` must be one of"),
+    ],
+)
+def test_wrong_dials_are_told_and_change_nothing(adapter: atomtune.Adapter, dials: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message), adapter.using(**dials):
+        pass
+    assert all((v == 1).all() for v in strength(adapter).values())
+
+
+def test_removing_gives_the_base_back(pipe: Any, run: Path) -> None:
+    before = paint(pipe)
+    adapter = atomtune.load(pipe, run)
+    assert not np.array_equal(paint(pipe), before)
+    adapter.remove()
+    assert np.array_equal(paint(pipe), before)
+    again = atomtune.load(pipe, run)
+    assert not np.array_equal(paint(pipe), before)
+    again.remove()
+
+
+@pytest.mark.parametrize("keep", [0, -1, 10_000, 0.0, 1.5, -0.1, math.nan])
+def test_pruning_to_nothing_or_to_more_is_an_error(adapter: atomtune.Adapter, keep: float) -> None:
+    before = len(adapter.atoms)
+    with pytest.raises(UserError, match="`keep` must leave between 1 and"):
+        adapter.prune(keep)
+    assert len(adapter.atoms) == before
+
+
+def test_pruning_keeps_the_first_and_drops_empty_sites(adapter: atomtune.Adapter, tmp_path: Path) -> None:
+    top = [a.name for a in adapter.atoms.top(3)]
+    assert adapter.prune(3) == 3
+    assert [a.name for a in adapter.atoms] == top
+    atomtune.save(adapter, tmp_path / "three", note="three atoms")
+    config = json.loads((tmp_path / "three" / "adapter_config.json").read_text())
+    assert sum(config["size_pattern"].values()) == 3
+    assert len(atom_layers(adapter.pipe)) <= 3
+    assert "| note | three atoms |" in (tmp_path / "three" / "README.md").read_text()
+
+
+def test_another_base_is_refused_unless_allowed(run: Path) -> None:
+    from pipelines import lumina2
+
+    other = lumina2()
+    other.transformer.layers[0].attn.to_q.weight.data.mul_(2)
+    with pytest.raises(UserError, match="trained on another base model"):
+        atomtune.load(other, run)
+    with pytest.warns(UserWarning, match="trained on another base model"):
+        atomtune.load(other, run, allow_other_base=True)
+
+
+def test_the_base_is_named_in_the_file(run: Path, bases: dict[str, Path], tmp_path: Path) -> None:
+    assert base_of(run) == str(bases["lumina2"])
+    with pytest.raises(UserError, match=r"adapter_config\.json is missing"):
+        base_of(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(UserError, match="can't be read"):
+        base_of(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------- sampling
+
+
+def test_a_prompt_has_its_noise_whatever_its_batch(pipe: Any) -> None:
+    """Each picture equals, to a rounding of one level, the one that is painted alone with its seed."""
+    prompts = ["a kite", "a big flat house on a red background, on the left", "an apple"]
+    together = atomtune.generate(pipe, prompts, seed=4, steps=2)
+    apart = atomtune.generate(pipe, prompts, seed=4, steps=2, batch_size=1)
+    for i, prompt in enumerate(prompts):
+        alone = np.asarray(atomtune.generate(pipe, [prompt], seed=4 + i, steps=2)[0]).astype(int)
+        assert np.abs(alone - np.asarray(together[i])).max() <= 1
+        assert np.abs(alone - np.asarray(apart[i])).max() <= 1
+
+
+def test_no_prompts_are_an_error(pipe: Any) -> None:
+    with pytest.raises(UserError, match="at least one picture"):
+        atomtune.generate(pipe, [])
+
+
+def test_pictures_are_never_overwritten(pipe: Any, tmp_path: Path) -> None:
+    pictures = atomtune.generate(pipe, ["a kite"], steps=1)
+    names = [save_pictures(pictures, tmp_path / "out", 3)[0].name for _ in range(3)]
+    assert names == ["00003.png", "00003-2.png", "00003-3.png"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="`out` can't be written"):
+        save_pictures(pictures, tmp_path / "file", 0)

@@ -1,0 +1,448 @@
+"""The training loop: exact resuming, what stops it, what does not, and what it logs."""
+
+import dataclasses
+import errno
+import json
+import math
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor
+
+import atomtune
+from atomtune.errors import UserError
+from atomtune.training import checkpoints, loop
+from atomtune.training.loop import _Run, schedule, train
+from atomtune.training.options import TrainOptions
+from atomtune.tuner import atom_layers
+
+OPTIONS = TrainOptions(
+    concept="kite",
+    class_noun="toy",
+    steps=6,
+    batch_size=2,
+    n_atoms=4,
+    lr=0.02,
+    sites=("layers.0.attn.to_q", "layers.1.attn.to_out.0"),
+    unrelated_pictures=2,
+    checkpoint_every=2,
+    keep_checkpoints=5,
+)
+TERMS = {"task", "silence", "distill", "gate"}
+
+
+@pytest.fixture(scope="module")
+def shared(bases: dict[str, Path]) -> Any:
+    return atomtune.open_pipeline(str(bases["lumina2"]))
+
+
+@pytest.fixture
+def pipe(shared: Any) -> Iterator[Any]:
+    yield shared
+    if getattr(shared.transformer, "peft_config", None):
+        atomtune.Adapter(shared, {}).remove()
+
+
+@pytest.fixture
+def go(pipe: Any, kites: Path, runs: Path, request: pytest.FixtureRequest) -> Callable[..., Path]:
+    """Train under a name of its own; the pipeline is the base again afterwards. Returns the run's folder."""
+
+    def go(name: str = "run", *, resume: bool = False, **changes: Any) -> Path:
+        out = runs / f"{request.node.name}-{name}"
+        options = dataclasses.replace(OPTIONS, **changes)
+        train(pipe, kites, out, options, resume=resume, progress=False).remove()
+        return out
+
+    return go
+
+
+def log(run: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "pictures_per_second"} for line in lines]
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    return safetensors.torch.load_file(folder / "adapter_model.safetensors")
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, steps: set[int], act: Callable[[], None]) -> None:
+    """Do something in the middle of the steps of these numbers (from 1), before their backward pass."""
+    real = _Run._losses
+
+    def losses(self: _Run, micro: int) -> dict[str, Tensor]:
+        found = real(self, micro)
+        if self.done + 1 in steps:
+            act()
+        return found
+
+    monkeypatch.setattr(_Run, "_losses", losses)
+
+
+def press_ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def pull_the_plug() -> None:
+    raise KeyboardInterrupt
+
+
+# -------------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"grad_accumulation": 2}, {"sparsifier": "topk", "k": 1, "dead": 0.1, "sparsity": 0.01}],
+    ids=["plain", "accumulated", "every-term"],
+)
+@pytest.mark.parametrize("stop", [press_ctrl_c, pull_the_plug], ids=["ctrl-c", "cut-off"])
+def test_three_stops_change_nothing(
+    go: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    changes: dict[str, Any],
+    stop: Callable[[], None],
+) -> None:
+    monkeypatch.setattr(loop, "DEAD_AFTER", 2)
+    through = go("through", **changes)
+    for number, step in enumerate((2, 4, 5)):
+        with monkeypatch.context() as patch:
+            at_step(patch, {step}, stop)
+            with pytest.raises(KeyboardInterrupt):
+                go("stopped", resume=number > 0, **changes)
+    stopped = go("stopped", resume=True, **changes)
+    assert log(stopped) == log(through)
+    assert [line["step"] for line in log(stopped)] == [1, 2, 3, 4, 5, 6]
+    assert same(tensors(stopped), tensors(through))
+    assert (stopped / "statistics.safetensors").read_bytes() == (through / "statistics.safetensors").read_bytes()
+    assert capsys.readouterr().out == ""
+
+
+def test_ctrl_c_saves_where_it_stopped_and_says_how_to_go_on(
+    go: Callable[..., Path], pipe: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, runs: Path
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    at_step(monkeypatch, {3}, press_ctrl_c)
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    run = next(runs.glob("test_ctrl_c_saves_where*"))
+    assert checkpoints.newest(run) == (3, checkpoints.folder_of(run, 3))
+    assert f"stopped after step 3; go on with --resume --out {run}" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before
+    assert not hasattr(pipe.transformer, "peft_config")
+
+
+def test_a_second_ctrl_c_stops_at_once_and_saves_no_half_step(
+    go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, runs: Path
+) -> None:
+    def twice() -> None:
+        press_ctrl_c()
+        press_ctrl_c()
+
+    at_step(monkeypatch, {4}, twice)
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    assert checkpoints.newest(next(runs.glob("test_a_second_ctrl_c*")))[0] == 2  # type: ignore[index]
+
+
+def test_a_truncated_checkpoint_is_passed_over(go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    through = go("through")
+    with monkeypatch.context() as patch:
+        at_step(patch, {5}, press_ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            go("broken")
+    run = through.with_name(through.name.replace("through", "broken"))
+    for step, name in ((5, "optimizer.safetensors"), (4, "adapter/adapter_config.json")):
+        path = checkpoints.folder_of(run, step) / name
+        path.write_bytes(path.read_bytes()[:-20])
+    assert checkpoints.newest(run)[0] == 2  # type: ignore[index]
+    go("broken", resume=True)
+    assert log(run) == log(through)
+    assert same(tensors(run), tensors(through))
+
+
+def test_a_finished_run_resumes_to_itself(go: Callable[..., Path]) -> None:
+    run = go(steps=2)
+    before = tensors(run)
+    assert same(tensors(go(resume=True, steps=2)), before)
+
+
+def test_a_resumed_run_keeps_its_options_and_says_so(go: Callable[..., Path], capsys: pytest.CaptureFixture) -> None:
+    run = go(steps=2)
+    go(resume=True, steps=4, lr=0.5)
+    said = capsys.readouterr().err
+    assert "`steps` stays 2, not 4" in said
+    assert "`lr` stays 0.02, not 0.5" in said
+    assert len(log(run)) == 2
+
+
+def test_only_the_newest_checkpoints_stay(go: Callable[..., Path]) -> None:
+    run = go(keep_checkpoints=2)
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
+
+
+# ------------------------------------------------------------------------------------------------ what stops
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_stops_the_run(
+    go: Callable[..., Path], pipe: Any, monkeypatch: pytest.MonkeyPatch, runs: Path, value: float
+) -> None:
+    real = _Run._losses
+
+    def losses(self: _Run, micro: int) -> dict[str, Tensor]:
+        found = real(self, micro)
+        return found | {"task": found["task"] * value} if micro == 3 else found
+
+    monkeypatch.setattr(_Run, "_losses", losses)
+    with pytest.raises(UserError) as caught:
+        go()
+    run = runs / next(p.name for p in runs.glob("test_a_loss_that*") if str(value) in p.name)
+    assert "step 4" in str(caught.value)
+    assert "`task` is not finite" in str(caught.value)
+    assert str(checkpoints.folder_of(run, 2)) in str(caught.value)
+    assert not (run / "adapter_model.safetensors").exists()
+    assert all(t.isfinite().all() for t in tensors(checkpoints.folder_of(run, 2) / "adapter").values())
+    assert not hasattr(pipe.transformer, "peft_config")
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.nan))
+    with pytest.raises(UserError, match=r"step 1: `gradient` is not finite\. There is no checkpoint yet"):
+        go()
+
+
+@pytest.mark.parametrize("how", ["safetensors", "rename"])
+def test_a_full_disk_keeps_earlier_checkpoints(
+    go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, runs: Path, how: str
+) -> None:
+    """safetensors has an error of its own for what the system refuses."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    if how == "safetensors":
+        real = checkpoints.save_adapter
+
+        def save(model: Any, folder: Path, adapter: str) -> Path:
+            if "step-000004" in str(folder):
+                raise safetensors.SafetensorError("No space left on device (os error 28)")
+            return real(model, folder, adapter)
+
+        monkeypatch.setattr(checkpoints, "save_adapter", save)
+    else:
+        real_replace = checkpoints.os.replace
+
+        def replace(source: Path, target: Path) -> None:
+            if "step-000004" in str(target):
+                raise full
+            real_replace(source, target)
+
+        monkeypatch.setattr(checkpoints.os, "replace", replace)
+    with pytest.raises(UserError, match=r"Could not write .*step-000004.*No space left.*untouched"):
+        go()
+    run = next(p for p in runs.glob("test_a_full_disk_keeps*") if how in p.name)
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000002"]
+    assert checkpoints.newest(run) == (2, checkpoints.folder_of(run, 2))
+
+
+def test_a_full_disk_at_the_end_is_a_users_error(go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from atomtune.tuner import store
+
+    real = store.safetensors.torch.save_file
+
+    def save_file(tensors: dict[str, Tensor], path: Path, **more: Any) -> None:
+        if "statistics" in str(path):
+            raise safetensors.SafetensorError("No space left on device (os error 28)")
+        real(tensors, path, **more)
+
+    monkeypatch.setattr(store.safetensors.torch, "save_file", save_file)
+    with pytest.raises(UserError, match="No space left"):
+        go(steps=2)
+
+
+# ----------------------------------------------------------------------------------- what must not be touched
+
+
+def test_what_is_wrong_is_known_before_anything_is_painted_or_written(
+    pipe: Any, kites: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def painted(*_: Any, **__: Any) -> None:
+        raise AssertionError("painted before the mistake was told")
+
+    monkeypatch.setattr("atomtune.training.prepare.generate", painted)
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"concept": "sks dog"}, "`concept` must stand in every caption, but 3 of 3"),
+        ({"sites": ("to_qq",)}, "no module is named 'to_qq'. Did you mean `to_q`"),
+        ({"sparsifier": "topk", "k": 9}, r"`k` must be between 1 and n_atoms \(4\), got 9"),
+        ({"sparsifier": "topk"}, "`k` must be given"),
+        ({"sparsifier": "tokp", "k": 2}, "Did you mean `topk`"),
+        ({"resolution": 50}, "`resolution` must be a multiple of 16"),
+        ({"unrelated": Path("no-such-file")}, "`unrelated` can't be read"),
+    ]
+    for changes, message in wrong:
+        with pytest.raises(UserError, match=message):
+            train(pipe, kites, tmp_path / "run", dataclasses.replace(OPTIONS, **changes))
+        assert not (tmp_path / "run").exists()
+        assert not hasattr(pipe.transformer, "peft_config")
+
+
+def test_a_second_adapter_of_the_name_is_refused_and_the_first_stays(
+    pipe: Any, kites: Path, runs: Path, tmp_path: Path
+) -> None:
+    adapter = train(pipe, kites, runs / "first", dataclasses.replace(OPTIONS, steps=2), progress=False)
+    with pytest.raises(UserError, match="already attached"):
+        train(pipe, kites, tmp_path / "second", OPTIONS)
+    assert len(adapter.atoms) == 8
+
+
+def test_an_existing_folder_is_left_alone(pipe: Any, kites: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        train(pipe, kites, tmp_path, OPTIONS)
+    with pytest.raises(UserError, match=r"has no options\.json"):
+        train(pipe, kites, tmp_path, OPTIONS, resume=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_the_base_stays_as_it_was(go: Callable[..., Path], pipe: Any) -> None:
+    before = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
+    go(steps=2, gradient_checkpointing=True)
+    assert same(dict(pipe.transformer.state_dict()), before)
+    assert not pipe.transformer.is_gradient_checkpointing
+    assert not pipe.transformer.training
+
+
+def test_gradient_checkpointing_changes_no_loss(go: Callable[..., Path]) -> None:
+    assert log(go("with", steps=2, gradient_checkpointing=True)) == log(go("without", steps=2))
+
+
+def test_the_seed_decides_everything(go: Callable[..., Path]) -> None:
+    first, again, other = go("a", steps=2), go("b", steps=2), go("c", steps=2, seed=1)
+    assert same(tensors(first), tensors(again))
+    assert not same(tensors(first), tensors(other))
+
+
+# ------------------------------------------------------------------------------------------------ what it logs
+
+
+def test_every_term_is_logged_under_its_name(go: Callable[..., Path]) -> None:
+    rows = log(go(sparsity=0.01, dead=0.1, steps=2))
+    for row in rows:
+        assert set(row) == {"step", "loss", "l0", "sparsity", "dead"} | TERMS
+        assert row["loss"] == pytest.approx(sum(v for k, v in row.items() if k not in ("step", "loss", "l0")), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "gone"),
+    [
+        ({"distill": 0.0}, {"distill"}),
+        ({"silence": 0.0}, {"silence"}),
+        ({"gate": False}, {"gate"}),
+        ({"concept": None}, {"gate"}),
+        ({"unrelated_batch": 0}, {"silence", "distill"}),
+    ],
+    ids=str,
+)
+def test_a_term_of_weight_0_is_gone(go: Callable[..., Path], changes: dict[str, Any], gone: set[str]) -> None:
+    assert set(log(go(steps=1, **changes))[0]) - {"step", "loss", "l0"} == TERMS - gone
+
+
+def test_a_run_without_a_gate_has_none(go: Callable[..., Path]) -> None:
+    run = go(steps=1, gate=False)
+    assert json.loads((run / "adapter_config.json").read_text())["gate_input"] is None
+    assert not any("gates" in key for key in tensors(run))
+
+
+def test_silence_lowers_codes_on_unrelated_rows(go: Callable[..., Path]) -> None:
+    more = {"steps": 12, "distill": 0.0, "lr": 0.05, "checkpoint_every": 12}
+    loud, quiet = log(go("loud", silence=1e-9, **more)), log(go("quiet", silence=1.0, **more))
+    assert quiet[-1]["silence"] < 0.5 * quiet[0]["silence"]
+    # The logged term is weighted; by its weight, both began at the same codes.
+    assert quiet[-1]["silence"] / quiet[0]["silence"] < 0.7 * loud[-1]["l0"] / loud[0]["l0"]
+
+
+def test_k_falls_from_all_atoms_to_k(go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    real = _Run._losses
+
+    def losses(self: _Run, micro: int) -> dict[str, Tensor]:
+        seen.append({layer.dictionary("default").sparsifier.k for layer in atom_layers(self.base).values()})
+        return real(self, micro)
+
+    monkeypatch.setattr(_Run, "_losses", losses)
+    rows = log(go(steps=10, n_atoms=8, sparsifier="topk", k=2, checkpoint_every=10))
+    assert all(len(ks) == 1 for ks in seen)
+    ks = [next(iter(k)) for k in seen]
+    assert ks[0] == 8
+    assert ks == sorted(ks, reverse=True)
+    assert set(ks[4:]) == {2}
+    assert rows[-1]["l0"] <= 2
+
+
+def test_validation_pictures_are_written_and_a_raising_sampler_is_only_a_warning(
+    go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    real = loop.generate
+    calls = []
+
+    def sampler(pipe: Any, prompts: list[str], **more: Any) -> Any:
+        calls.append(prompts)
+        if len(calls) == 1:
+            raise TypeError("no such argument")
+        return real(pipe, prompts, steps=2, **more)
+
+    monkeypatch.setattr(loop, "generate", sampler)
+    run = go(steps=4, sample_every=2, sample_prompts=("a kite",))
+    assert calls == [["a kite"]] * 2
+    assert [p.name for p in (run / "samples").iterdir()] == ["step-000004-0.png"]
+    out, err = capsys.readouterr()
+    assert "warning: validation pictures at step 2 failed: TypeError: no such argument" in err
+    assert out == ""
+
+
+def test_sampling_does_not_change_the_training(go: Callable[..., Path]) -> None:
+    assert log(go("with", steps=2, sample_every=1)) == log(go("without", steps=2))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_trains_and_resumes_too(
+    go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    through = go("through", steps=3, mixed_precision=precision)
+    assert all(math.isfinite(row["loss"]) for row in log(through))
+    assert {t.dtype for t in tensors(through).values() if t.is_floating_point()} == {torch.float32}
+    with monkeypatch.context() as patch:
+        at_step(patch, {2}, press_ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            go("stopped", steps=3, mixed_precision=precision)
+    stopped = go("stopped", steps=3, mixed_precision=precision, resume=True)
+    assert log(stopped) == log(through)
+    assert same(tensors(stopped), tensors(through))
+
+
+def test_in_fp16_an_overflow_leaves_a_step_out(go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    real, scales = _Run._update, []
+
+    def update(self: _Run, step: int) -> None:
+        if step == 0:
+            next(p for p in self.optimizer.param_groups[0]["params"] if p.grad is not None).grad.fill_(math.inf)
+        real(self, step)
+        scales.append(self.scaler.get_scale())
+
+    monkeypatch.setattr(_Run, "_update", update)
+    go(steps=2, mixed_precision="fp16")
+    assert scales == [2.0**15, 2.0**15]
+
+
+def test_the_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
+    rates = [schedule(step, 100) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert schedule(100, 100) == pytest.approx(0.1)
+    assert schedule(0, 1) == 1.0

@@ -1,0 +1,208 @@
+"""Options, objective, preparation and the gate's training, each alone."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import atomtune
+from atomtune.backbones import backbone_of
+from atomtune.errors import UserError
+from atomtune.training import gating
+from atomtune.training.objective import DENSITIES, flow_matching, noised
+from atomtune.training.options import TrainOptions
+from atomtune.training.prepare import gate_prompts, prepare, unrelated_list
+from atomtune.tuner import AtomConfig, attach, prompt_gate, remove_adapter
+
+# --------------------------------------------------------------------------------------------------- options
+
+
+def test_options_survive_json() -> None:
+    options = TrainOptions(concept="kite", sites=("a", "b"), unrelated=Path("x/y.txt"), sample_prompts=("p",), k=3)
+    assert TrainOptions.from_json(options.to_json()) == options
+    assert TrainOptions.from_json(TrainOptions().to_json()) == TrainOptions()
+
+
+def test_an_unknown_option_of_a_saved_run_is_an_error() -> None:
+    with pytest.raises(UserError, match="Unknown option 'warp'"):
+        TrainOptions.from_json('{"warp": 9}')
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("steps", 0),
+        ("batch_size", 0),
+        ("n_atoms", 0),
+        ("k", 0),
+        ("resolution", 0),
+        ("sample_every", 0),
+        ("grad_accumulation", -1),
+        ("checkpoint_every", 0),
+        ("keep_checkpoints", 0),
+        ("unrelated_batch", -1),
+        ("unrelated_pictures", 0),
+        ("silence", -0.1),
+        ("sparsity", math.nan),
+        ("distill", math.inf),
+        ("dead", -1.0),
+        ("lr", 0.0),
+        ("lr", math.nan),
+        ("max_grad_norm", 0.0),
+        ("margin", math.inf),
+        ("mixed_precision", "fp8"),
+        ("concept", "  "),
+        ("seed", -1),
+        ("seed", 2**40),
+    ],
+)
+def test_options_that_cannot_work_name_their_field(name: str, value: Any) -> None:
+    with pytest.raises(UserError, match=f"`{name}` must be"):
+        dataclasses.replace(TrainOptions(), **{name: value})
+
+
+# ------------------------------------------------------------------------------------------------- objective
+
+
+def test_noised_runs_from_the_picture_to_noise() -> None:
+    latents, noise = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
+    x, v = noised(latents, torch.tensor([0.0, 0.25, 1.0]), noise)
+    assert torch.equal(x[0], latents[0])
+    assert torch.allclose(x[1], 0.75 * latents[1] + 0.25 * noise[1])
+    assert torch.equal(x[2], noise[2])
+    # Along the straight path the velocity takes any point back to the picture.
+    assert torch.allclose(x[1] - 0.25 * v[1], latents[1], atol=1e-6)
+    assert flow_matching(v, v) == 0
+    assert flow_matching(v + 2, v).item() == pytest.approx(4.0)
+
+
+def test_the_loss_is_a_float32_mean() -> None:
+    v = torch.zeros(2, 4, 2, 2, dtype=torch.float16)
+    assert flow_matching(v + 300, v).item() == pytest.approx(90000.0)
+
+
+@pytest.mark.parametrize("name", DENSITIES)
+def test_times_are_drawn_as_their_density_says(name: str) -> None:
+    """Against the distribution functions, at nine places (scipy's kstest would say the same)."""
+    drawn = DENSITIES[name](20000, torch.Generator().manual_seed(0))
+    assert ((drawn > 0) & (drawn < 1)).all()
+    for s in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
+        normal = 0.5 * (1 + math.erf(math.log(s / (1 - s)) / math.sqrt(2)))
+        want = {"uniform": s, "logit_normal": normal}[name]
+        assert (drawn <= s).float().mean().item() == pytest.approx(want, abs=0.012)
+
+
+# ----------------------------------------------------------------------------------------------- preparation
+
+UNRELATED = tuple(f"a {word} on a table" for word in ("cup", "plate", "spoon", "lamp", "book", "fork", "vase", "bowl"))
+
+
+def test_gate_prompts_open_with_the_name_and_shut_without_it() -> None:
+    options = TrainOptions(concept="sks Dog", class_noun="dog")
+    opening, shutting = gate_prompts(("a sks dog in snow", "my SKS dog"), UNRELATED, options)
+    assert all("sks dog" in prompt.lower() for prompt in opening)
+    assert not any("sks dog" in prompt.lower() for prompt in shutting)
+    assert {"a in snow", "my", "a dog in snow", "my dog", "dog", "a dog", ""} <= set(shutting)
+    assert set(UNRELATED) <= set(shutting)
+    assert len(set(shutting)) == len(shutting)
+
+
+def test_without_a_class_noun_only_the_name_is_taken_out() -> None:
+    _, shutting = gate_prompts(("a sks dog in snow",), UNRELATED, TrainOptions(concept="sks dog"))
+    assert set(shutting) == {"", "a in snow", *UNRELATED}
+
+
+@pytest.fixture(scope="module")
+def pipe(bases: dict[str, Path]) -> Any:
+    return atomtune.open_pipeline(str(bases["lumina2"]))
+
+
+def test_unrelated_prompts_come_from_the_user_the_base_or_the_package(pipe: Any, tmp_path: Path) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text("\n".join(UNRELATED) + "\n\n")
+    assert unrelated_list(pipe, TrainOptions(unrelated=own)) == UNRELATED
+    assert len(unrelated_list(pipe, TrainOptions())) == 8
+    assert len(unrelated_list(object(), TrainOptions())) > 50
+    own.write_text("only one\n")
+    with pytest.raises(UserError, match="at least 5 prompts"):
+        unrelated_list(pipe, TrainOptions(unrelated=own))
+
+
+def test_unrelated_prompts_with_the_concept_are_left_out(pipe: Any, kites: Path, runs: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.txt"
+    own.write_text("\n".join([f"a Kite, number {i}" for i in range(6)]))
+    options = TrainOptions(concept="kite", unrelated=own, unrelated_pictures=2)
+    with pytest.raises(UserError, match="all of them name it"):
+        prepare(pipe, backbone_of(pipe), kites, options, runs / "no")
+
+
+def test_captions_of_any_length_train_together(pipe: Any, kites: Path, runs: Path, tmp_path: Path) -> None:
+    """A long caption is encoded to more tokens than the unrelated prompts are."""
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(kites, data)
+    (data / "1.txt").write_text("a kite, " + "and a red house beside a small green clock, " * 6)
+    options = TrainOptions(
+        concept="kite", steps=1, batch_size=3, n_atoms=2, sites=("layers.0.attn.to_q",), unrelated_pictures=2
+    )
+    adapter = atomtune.train(pipe, data, runs / "long", options, progress=False)
+    adapter.remove()
+
+
+def test_latents_are_cached_by_content(pipe: Any, kites: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = TrainOptions(unrelated_pictures=2)
+    first = prepare(pipe, backbone_of(pipe), kites, options, tmp_path / "a")
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("encoded although it is cached")
+
+    monkeypatch.setattr("atomtune.training.prepare.generate", never)
+    monkeypatch.setattr(pipe.vae, "encode", never)
+    again = prepare(pipe, backbone_of(pipe), kites, options, tmp_path / "b")
+    assert torch.equal(first.latents, again.latents)
+    assert torch.equal(first.unrelated_latents, again.unrelated_latents)
+    with pytest.raises(AssertionError, match="encoded although"):
+        prepare(pipe, backbone_of(pipe), kites, dataclasses.replace(options, resolution=32), tmp_path / "c")
+
+
+# ------------------------------------------------------------------------------------------------------ gate
+
+
+def test_the_gate_learns_to_tell_prompts_apart(pipe: Any, kites: Path, runs: Path) -> None:
+    backbone = backbone_of(pipe)
+    options = TrainOptions(concept="kite", class_noun="toy", unrelated_pictures=2)
+    material = prepare(pipe, backbone, kites, options, runs / "gate")
+    base = pipe.transformer
+    width = material.conditioning[backbone.gate_input].shape[-1]
+    attach(
+        base,
+        AtomConfig(
+            n_atoms=2,
+            target_modules=["layers.0.attn.to_q"],
+            gate_input=backbone.gate_input,
+            gate_mask=backbone.gate_mask,
+            gate_dim=width,
+        ),
+    )
+    gate = prompt_gate(base)
+    assert gate is not None
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=gating.LEARNING_RATE, weight_decay=0.0)
+    generator = torch.Generator().manual_seed(0)
+    losses = []
+    for _ in range(150):
+        loss = gating.loss(base, backbone, material, generator, "default")
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    shares = gating.calibrate(base, backbone, material, "default")
+    assert losses[-1] < 0.2 * losses[0]
+    assert shares == {"gate_silent_share": 1.0, "gate_open_share": 1.0}
+    seen = backbone.encode_prompts(pipe, ["a kite on the moon", "a house on the moon"])
+    opened, shut = gate(seen[backbone.gate_input], seen[backbone.gate_mask]).tolist()
+    assert (opened, shut) == (1.0, 0.0)
+    remove_adapter(base)
