@@ -29,9 +29,11 @@ def main() -> None:
     fresh = TARGET.with_name("model.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     pipe.to(torch.float16).save_pretrained(fresh)
-    # diffusers loads in float32 by default, transformers in what this says: without it plain loads are mixed.
-    config = fresh / "text_encoder" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    for path in fresh.glob("*/config.json"):
+        config = {k: v for k, v in json.loads(path.read_text()).items() if k != "_name_or_path"}
+        if "dtype" in config:  # diffusers loads in float32 by default, transformers in this: else a plain load is mixed
+            config["dtype"] = "float32"
+        path.write_text(json.dumps(config, indent=2) + "\n")
     rng = random.Random(77)
     prompts = sorted({caption(random_scene(rng), rng) for _ in range(600)})
     (fresh / "unrelated.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")

@@ -17,7 +17,7 @@ from torch import Tensor
 import atomtune
 from atomtune.errors import UserError
 from atomtune.training import checkpoints, loop
-from atomtune.training.loop import _Run, schedule, train
+from atomtune.training.loop import Run, schedule, train
 from atomtune.training.options import TrainOptions
 from atomtune.tuner import atom_layers
 
@@ -76,15 +76,15 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 def at_step(monkeypatch: pytest.MonkeyPatch, steps: set[int], act: Callable[[], None]) -> None:
     """Do something in the middle of the steps of these numbers (from 1), before their backward pass."""
-    real = _Run._losses
+    real = Run._losses
 
-    def losses(self: _Run, micro: int) -> dict[str, Tensor]:
+    def losses(self: Run, micro: int) -> dict[str, Tensor]:
         found = real(self, micro)
         if self.done + 1 in steps:
             act()
         return found
 
-    monkeypatch.setattr(_Run, "_losses", losses)
+    monkeypatch.setattr(Run, "_losses", losses)
 
 
 def press_ctrl_c() -> None:
@@ -196,13 +196,13 @@ def test_only_the_newest_checkpoints_stay(go: Callable[..., Path]) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run(
     go: Callable[..., Path], pipe: Any, monkeypatch: pytest.MonkeyPatch, runs: Path, value: float
 ) -> None:
-    real = _Run._losses
+    real = Run._losses
 
-    def losses(self: _Run, micro: int) -> dict[str, Tensor]:
+    def losses(self: Run, micro: int) -> dict[str, Tensor]:
         found = real(self, micro)
         return found | {"task": found["task"] * value} if micro == 3 else found
 
-    monkeypatch.setattr(_Run, "_losses", losses)
+    monkeypatch.setattr(Run, "_losses", losses)
     with pytest.raises(UserError) as caught:
         go()
     run = runs / next(p.name for p in runs.glob("test_a_loss_that*") if str(value) in p.name)
@@ -369,13 +369,13 @@ def test_silence_lowers_codes_on_unrelated_rows(go: Callable[..., Path]) -> None
 
 def test_k_falls_from_all_atoms_to_k(go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    real = _Run._losses
+    real = Run._losses
 
-    def losses(self: _Run, micro: int) -> dict[str, Tensor]:
+    def losses(self: Run, micro: int) -> dict[str, Tensor]:
         seen.append({layer.dictionary("default").sparsifier.k for layer in atom_layers(self.base).values()})
         return real(self, micro)
 
-    monkeypatch.setattr(_Run, "_losses", losses)
+    monkeypatch.setattr(Run, "_losses", losses)
     rows = log(go(steps=10, n_atoms=8, sparsifier="topk", k=2, checkpoint_every=10))
     assert all(len(ks) == 1 for ks in seen)
     ks = [next(iter(k)) for k in seen]
@@ -427,15 +427,15 @@ def test_half_precision_trains_and_resumes_too(
 
 
 def test_in_fp16_an_overflow_leaves_a_step_out(go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    real, scales = _Run._update, []
+    real, scales = Run._update, []
 
-    def update(self: _Run, step: int) -> None:
+    def update(self: Run, step: int) -> None:
         if step == 0:
             next(p for p in self.optimizer.param_groups[0]["params"] if p.grad is not None).grad.fill_(math.inf)
         real(self, step)
         scales.append(self.scaler.get_scale())
 
-    monkeypatch.setattr(_Run, "_update", update)
+    monkeypatch.setattr(Run, "_update", update)
     go(steps=2, mixed_precision="fp16")
     assert scales == [2.0**15, 2.0**15]
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -66,17 +68,20 @@ def train(
     options = options or TrainOptions()
     run = Path(out)
     backbone = backbone_of(pipe)
+    processes = PartialState(cpu=pipe.vae.device.type == "cpu")
     options = _stored(run, options) if resume else _checked(run, options)
+    processes.wait_for_everyone()
     base = denoiser(pipe)
     # First, because it names unknown sites and wrong sizes, and what follows may take minutes.
     _attach(pipe, backbone, options)
     try:
         with base_only(base):
             material = prepare(pipe, backbone, Path(data), options, run)
-        if not resume:
+        if processes.is_main_process and not resume:
             _claim(run, options)
+        processes.wait_for_everyone()
         with _training_mode(base, options):
-            state = _Run(pipe, backbone, material, options, run)
+            state = Run(pipe, backbone, material, options, run, processes)
             if resume:
                 state.resume()
             state.steps(progress)
@@ -85,7 +90,9 @@ def train(
         statistics = order_by_importance(base, statistics)
         adapter = Adapter(pipe, statistics)
         meta = {"concept": options.concept, "steps": options.steps, "seed": options.seed, **gate_report}
-        adapter.save(run, {"command": command, **meta})
+        if processes.is_main_process:
+            adapter.save(run, {"command": command, **meta})
+        processes.wait_for_everyone()
     except BaseException:
         if NAME in (getattr(base, "peft_config", None) or {}):
             remove_adapter(base, NAME)
@@ -180,12 +187,20 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-class _Run:
+class Run:
     """The state of a run between steps. Every random draw is a function of the seed and the step."""
 
-    def __init__(self, pipe: Any, backbone: Backbone, material: Material, options: TrainOptions, run: Path) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        backbone: Backbone,
+        material: Material,
+        options: TrainOptions,
+        run: Path,
+        processes: PartialState,
+    ) -> None:
         self.pipe, self.backbone, self.material, self.options = pipe, backbone, material, options
-        self.run = run
+        self.run, self.processes = run, processes
         self.base = denoiser(pipe)
         self.device = material.latents.device
         # float16 alone needs it: small gradients would vanish.
@@ -217,11 +232,13 @@ class _Run:
         bar = tqdm(
             total=self.options.steps,
             initial=self.done,
-            disable=not progress,
+            disable=not (progress and self.processes.is_main_process),
             unit="step",
             dynamic_ncols=True,
         )
-        with bar, _interruptible() as asked_to_stop, (self.run / "log.jsonl").open("a", encoding="utf-8") as log:
+        # Each process logs its own share of the data; the first one's is the run's log.
+        name = f"log-{self.processes.process_index}.jsonl".replace("-0", "")
+        with bar, _interruptible() as asked_to_stop, (self.run / name).open("a", encoding="utf-8") as log:
             while self.done < self.options.steps:
                 begin = time.monotonic()
                 terms = self.step(self.done)
@@ -237,10 +254,14 @@ class _Run:
                 if asked_to_stop():
                     _say(f"stopped after step {self.done}; go on with --resume --out {self.run}")
                     raise KeyboardInterrupt
-                if self.options.sample_every and self.done % self.options.sample_every == 0:
+                every = self.options.sample_every if self.processes.is_main_process else None
+                if every and self.done % every == 0:
                     self.sample()
 
     def checkpoint(self) -> None:
+        """Write the state after the last step, once for all processes."""
+        if not self.processes.is_main_process:
+            return
         keep = self.options.keep_checkpoints
         checkpoints.save(self.run, self.done, self.base, self.optimizer, NAME, keep, self._state())
 
@@ -281,17 +302,23 @@ class _Run:
 
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step; returns every term of the loss under its own name."""
-        o = self.options
-        factor = schedule(step, o.steps)
+        factor = schedule(step, self.options.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * factor
         self._set_k(step)
+        terms = self.backward(step)
+        self._update(step)
+        return {"loss": sum(v for k, v in terms.items() if k != "l0"), **terms}
+
+    def backward(self, step: int) -> dict[str, float]:
+        """Gradients of a step, the mean over its micro-batches and over the processes."""
+        o = self.options
         terms: dict[str, float] = {}
         # The gate learns from labels; here it stands open, so that atoms learn to be silent themselves. In
         # backward too: gradient checkpointing runs the forward again.
         with override_gate(self.base, 1.0 if o.gated else None, NAME):
             for part in range(o.grad_accumulation):
-                losses = self._losses(step * o.grad_accumulation + part)
+                losses = self._losses(self._micro(step, part))
                 l0 = losses.pop("l0")
                 total = torch.stack(list(losses.values())).sum()
                 if not math.isfinite(total.item()):
@@ -299,14 +326,24 @@ class _Run:
                 self.scaler.scale(total / o.grad_accumulation).backward()
                 for name, value in {**losses, "l0": l0}.items():
                     terms[name] = terms.get(name, 0.0) + value.item() / o.grad_accumulation
-        self._update(step)
-        return {"loss": sum(v for k, v in terms.items() if k != "l0"), **terms}
+        if self.processes.num_processes > 1:
+            for p in self.parameters():
+                p.grad = reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
+        return terms
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What the optimizer trains."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _micro(self, step: int, part: int) -> int:
+        """Number of a micro-batch: no two processes see the same one."""
+        n = self.processes.num_processes
+        return (step * self.options.grad_accumulation + part) * n + self.processes.process_index
 
     def _update(self, step: int) -> None:
         """One step of the optimizer; in fp16 a gradient that overflows is left out and the scale halved."""
         self.scaler.unscale_(self.optimizer)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = nn.utils.clip_grad_norm_(parameters, self.options.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(self.parameters(), self.options.max_grad_norm)
         if not torch.isfinite(norm) and not (self.scaler.is_enabled() and self.scaler.get_scale() > 1):
             raise UserError(self._not_finite(step, {"gradient": norm}))
         self.scaler.step(self.optimizer)

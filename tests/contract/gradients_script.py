@@ -1,0 +1,31 @@
+"""gradients_script.py BASE DATA OUT ACCUMULATION: the gradients of one step, written by the first process."""
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import save_file
+
+from atomtune.backbones import backbone_of, open_pipeline
+from atomtune.training import loop
+from atomtune.training.options import TrainOptions
+from atomtune.training.prepare import prepare
+
+torch.set_num_threads(1)
+base, data, out, accumulation = sys.argv[1:]
+processes = PartialState(cpu=True)
+pipe = open_pipeline(base)
+options = TrainOptions(
+    concept="kite", n_atoms=4, batch_size=1, unrelated_pictures=2, grad_accumulation=int(accumulation)
+)
+loop._attach(pipe, backbone_of(pipe), options)
+torch.manual_seed(1)
+for parameter in (p for n, p in pipe.transformer.named_parameters() if n.endswith(".atoms")):
+    torch.nn.init.normal_(parameter, std=0.1)  # so that encoders have gradients too
+material = prepare(pipe, backbone_of(pipe), Path(data), options, Path(out).with_suffix(""))
+with loop._training_mode(pipe.transformer, options):
+    run = loop.Run(pipe, backbone_of(pipe), material, options, Path(out).parent, processes)
+    run.backward(0)
+if processes.is_main_process:
+    save_file({str(i): p.grad for i, p in enumerate(run.parameters()) if p.grad is not None}, out)
