@@ -17,7 +17,7 @@ from PIL import Image
 import atomtune
 from atomtune.cli import COMMANDS, main
 from atomtune.training import checkpoints
-from atomtune.training.loop import _Run
+from atomtune.training.loop import Run
 
 Train = Callable[..., int]
 SITE = "layers.0.attn.to_q"
@@ -174,15 +174,15 @@ def json_base(folder: Path) -> str:
 def test_ctrl_c_exits_130_and_resume_goes_on(
     train: Train, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    real = _Run._losses
+    real = Run._losses
 
-    def losses(self: _Run, micro: int) -> Any:
+    def losses(self: Run, micro: int) -> Any:
         if micro == 1:
             signal.raise_signal(signal.SIGINT)
         return real(self, micro)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Run, "_losses", losses)
+        patch.setattr(Run, "_losses", losses)
         assert train(runs / "ctrl-c") == 130
     out, err = capsys.readouterr()
     assert out == ""
@@ -197,12 +197,12 @@ def test_ctrl_c_exits_130_and_resume_goes_on(
 def test_nan_exits_2_and_names_the_last_good_checkpoint(
     train: Train, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    real = _Run._losses
+    real = Run._losses
 
-    def losses(self: _Run, micro: int) -> Any:
+    def losses(self: Run, micro: int) -> Any:
         return real(self, micro) | ({"silence": torch.tensor(float("nan"))} if micro == 2 else {})
 
-    monkeypatch.setattr(_Run, "_losses", losses)
+    monkeypatch.setattr(Run, "_losses", losses)
     line = mistake(train(runs / "nan"), capsys)
     assert "step 3: `silence` is not finite" in line
     assert str(checkpoints.folder_of(runs / "nan", 2)) in line

@@ -10,8 +10,9 @@ import torch
 
 import atomtune
 from atomtune.backbones import backbone_of
+from atomtune.data.folder import Scan, Skipped
 from atomtune.errors import UserError
-from atomtune.training import gating
+from atomtune.training import gating, loop
 from atomtune.training.objective import DENSITIES, flow_matching, noised
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import gate_prompts, prepare, unrelated_list
@@ -206,3 +207,12 @@ def test_the_gate_learns_to_tell_prompts_apart(pipe: Any, kites: Path, runs: Pat
     opened, shut = gate(seen[backbone.gate_input], seen[backbone.gate_mask]).tolist()
     assert (opened, shut) == (1.0, 0.0)
     remove_adapter(base)
+
+
+def test_what_is_passed_over_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ("a.psd.bak", "b.doc", "c.doc", "d.doc", "e.doc")
+    skipped = tuple(Skipped(Path(name), "not a picture") for name in names)
+    loop._tell(Scan((), (*skipped, Skipped(Path("0.txt"), "caption: of 0.png"))))
+    told = capsys.readouterr()
+    assert told.err == "passed over, not a picture: a.psd.bak, b.doc, c.doc and 2 more\n"
+    assert told.out == ""

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from atomtune.adapter import Adapter
 from atomtune.atoms import measure, order_by_importance
 from atomtune.backbones import Backbone, Conditioning, backbone_of, base_name, denoiser, join, select
+from atomtune.data.folder import Scan
 from atomtune.data.order import batch_at
 from atomtune.errors import UserError
 from atomtune.sampling import generate
@@ -77,8 +78,10 @@ def train(
     try:
         with base_only(base):
             material = prepare(pipe, backbone, Path(data), options, run)
-        if processes.is_main_process and not resume:
-            _claim(run, options)
+        if processes.is_main_process:
+            _tell(material.scan)
+            if not resume:
+                _claim(run, options)
         processes.wait_for_everyone()
         with _training_mode(base, options):
             state = Run(pipe, backbone, material, options, run, processes)
@@ -126,6 +129,18 @@ def _claim(run: Path, options: TrainOptions) -> None:
         (run / "options.json").write_text(options.to_json(), encoding="utf-8")
     except OSError as error:
         raise UserError(f"`out` can't be written: {error}.") from error
+
+
+def _tell(found: Scan) -> None:
+    """What lies in the data folder and is not learned from, and why: nothing is passed over in silence."""
+    reasons: dict[str, list[str]] = {}
+    for skipped in found.skipped:
+        kind = skipped.reason.partition(":")[0]
+        if kind != "caption":
+            reasons.setdefault(kind, []).append(skipped.path.name)
+    for reason, names in reasons.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        _say(f"passed over, {reason}: {', '.join(names[:3])}{more}")
 
 
 def _say(text: str) -> None:
