@@ -68,7 +68,7 @@ def _only_errors(*libraries: str) -> Iterator[None]:
 def build_tokenizer(vocab_size: int = 2048) -> GemmaTokenizer:
     """A byte-fallback BPE over the world's captions and the names of all emoji, reserved ones too.
 
-    So every name is a word that the tokenizer knows, as in a real model; no picture goes with it.
+    So it has met every name, as the tokenizer of a real model has; no picture goes with that.
     """
     from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import GemmaTokenizer
