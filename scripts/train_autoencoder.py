@@ -1,7 +1,8 @@
 """python scripts/train_autoencoder.py WORK --minutes 15: the small autoencoder of the embedded world.
 
 64x64 pixels to 8x8x32 latents. It sees sprites of the world's objects and of `other` emoji at random places,
-never a reserved object, nor the picture of a tuning object. WORK keeps a checkpoint (run again to resume) and, at the end, `vae/`.
+never a reserved object, nor the picture of a tuning object. WORK keeps a checkpoint (run again to resume) and, at
+the end, `vae/`.
 """
 
 from __future__ import annotations

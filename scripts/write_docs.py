@@ -24,9 +24,15 @@ def cli_page() -> str:
     """The help of every command, as a terminal of 100 columns shows it."""
     parts = ["# Commands\n\nWritten by `python scripts/write_docs.py` from the commands themselves.\n"]
     for name in COMMANDS:
-        environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "PYTHON_COLORS": "0", "TERM": "dumb"}
+        environment = os.environ | {
+            "COLUMNS": "100",
+            "NO_COLOR": "1",
+            "PYTHON_COLORS": "0",
+            "TERM": "dumb",
+            "PYTHONUTF8": "1",
+        }
         command = [sys.executable, "-m", "atomtune", name, "--help"]
-        text = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=True).stdout
         lines = "\n".join(line.rstrip() for line in text.strip().splitlines())
         parts.append(f"## atomtune {name}\n\n```\n{lines}\n```\n")
     return "\n".join(parts)

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from atomtune.backbones import Backbone, Conditioning
+from atomtune.backbones import Backbone, Conditioning, select
 from atomtune.errors import UserError
 from atomtune.sparse import CodeStatistics
 from atomtune.tuner import adapter_config, atom_layers, base_only, override_gate, prune, record, unwrap
@@ -29,6 +29,9 @@ FORMULAS = {
     "purity": "share of its energy that falls on the subject, were that as large as what is around it",
 }
 """Importance formulas, as they are printed wherever their numbers are."""
+
+CHUNK = 4
+"""Pictures that are measured at once."""
 
 _NAME = re.compile(r"L(\d+)\[(\d+)\]")
 
@@ -83,12 +86,34 @@ def measure(
     is where the adapted and the base's prediction differ by more than half of the most they differ.
     """
     base = unwrap(model)
-    rows, columns = backbone.grid(base, latents)
-    collected = {site: CodeStatistics(layer.r[adapter]) for site, layer in atom_layers(base, adapter).items()}
-    gated = adapter_config(base, adapter).gate_input is not None
+    layers = atom_layers(base, adapter)
+    collected = {site: CodeStatistics(layer.r[adapter]) for site, layer in layers.items()}
     generator = torch.Generator().manual_seed(seed)
+    moments = [t for t in times for _ in range(repeats)]
+    # A few pictures at a time: the codes of all their passes are held until the subject is known.
+    for chosen in torch.arange(len(latents)).split(CHUNK):
+        part = None if masks is None else masks[chosen]
+        given = select(conditioning, chosen)
+        _collect(collected, base, backbone, latents[chosen], given, adapter, part, moments, generator)
+    return {site: _tensors(s, layers[site], adapter) for site, s in collected.items()}
+
+
+def _collect(
+    collected: dict[str, CodeStatistics],
+    base: nn.Module,
+    backbone: Backbone,
+    latents: Tensor,
+    conditioning: Conditioning,
+    adapter: str,
+    masks: Tensor | None,
+    times: Sequence[float],
+    generator: torch.Generator,
+) -> None:
+    """Add what the atoms do on some pictures, noised once for each of `times`."""
+    rows, columns = backbone.grid(base, latents)
+    gated = adapter_config(base, adapter).gate_input is not None
     passes = []
-    for time in (t for t in times for _ in range(repeats)):
+    for time in times:
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         s = torch.full((len(latents),), time, device=latents.device)
         x = (1 - time) * latents + time * noise
@@ -101,15 +126,14 @@ def measure(
     if masks is None:
         total = torch.stack([difference for _, _, difference in passes]).mean(0)
         masks = (total > 0.5 * total.quantile(0.98, dim=1, keepdim=True)).float()
-    for s, codes, _ in passes:
-        for site, statistics in collected.items():
-            layout = backbone.layout(site, conditioning, rows * columns)
-            for i in range(len(latents)):
-                image = layout.image[i]
-                at = image if image.any() else layout.real[i]
-                share = masks[i : i + 1].to(image.device) if image.any() else None
+    for site, statistics in collected.items():
+        layout = backbone.layout(site, conditioning, rows * columns)
+        for i in range(len(latents)):
+            image = layout.image[i]
+            at = image if image.any() else layout.real[i]
+            share = masks[i : i + 1].to(image.device) if image.any() else None
+            for s, codes, _ in passes:
                 statistics.update(codes[site][i : i + 1, at], time=s[i : i + 1], mask=share)
-    return {site: _tensors(s, atom_layers(base, adapter)[site], adapter) for site, s in collected.items()}
 
 
 def _tensors(statistics: CodeStatistics, layer: Any, adapter: str) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -15,7 +16,7 @@ import tyro
 class Command:
     """Rank the atoms of an adapter."""
 
-    adapter: tyro.conf.Positional[Path]
+    adapter: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ADAPTER")]
     """Folder of a run or a saved adapter."""
     top: int = 20
     """How many to show."""

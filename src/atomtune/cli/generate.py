@@ -14,9 +14,9 @@ import tyro
 class Command:
     """Paint pictures with an adapter, its dials turned as you say."""
 
-    adapter: tyro.conf.Positional[Path]
+    adapter: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ADAPTER")]
     """Folder of a run or a saved adapter."""
-    prompts: tyro.conf.Positional[tuple[str, ...]]
+    prompts: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="PROMPT ...")]
     """What to paint, one picture each."""
     out: Path = Path("pictures")
     """Folder for the pictures."""

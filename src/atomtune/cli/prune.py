@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -13,7 +14,7 @@ import tyro
 class Command:
     """Keep the most important atoms for good, in a new folder."""
 
-    adapter: tyro.conf.Positional[Path]
+    adapter: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ADAPTER")]
     """Folder of a run or a saved adapter."""
     out: Path
     """Folder for the pruned adapter."""
