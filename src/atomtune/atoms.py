@@ -111,18 +111,13 @@ def _collect(
 ) -> None:
     """Add what the atoms do on some pictures, noised once for each of `times`."""
     rows, columns = backbone.grid(base, latents)
-    gated = adapter_config(base, adapter).gate_input is not None
     passes = []
     for time in times:
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        s = torch.full((len(latents),), time, device=latents.device)
-        x = (1 - time) * latents + time * noise
-        with record(base, adapter) as recording, override_gate(base, 1.0 if gated else None, adapter):
-            adapted = backbone.predict(base, x, s, conditioning)
+        x, s, adapted, codes = noised_pass(base, backbone, latents, conditioning, time, generator, adapter)
         with base_only(base):
             plain = backbone.predict(base, x, s, conditioning)
         difference = _per_token((adapted - plain).float().square(), rows, columns)
-        passes.append((s, {site: calls[-1] for site, calls in recording.codes.items()}, difference))
+        passes.append((s, codes, difference))
     if masks is None:
         total = torch.stack([difference for _, _, difference in passes]).mean(0)
         masks = (total > 0.5 * total.quantile(0.98, dim=1, keepdim=True)).float()
@@ -134,6 +129,25 @@ def _collect(
             share = masks[i : i + 1].to(image.device) if image.any() else None
             for s, codes, _ in passes:
                 statistics.update(codes[site][i : i + 1, at], time=s[i : i + 1], mask=share)
+
+
+def noised_pass(
+    base: nn.Module,
+    backbone: Backbone,
+    latents: Tensor,
+    conditioning: Conditioning,
+    time: float,
+    generator: torch.Generator,
+    adapter: str,
+) -> tuple[Tensor, Float[Tensor, " batch"], Tensor, dict[str, Tensor]]:
+    """(x_s, s, prediction, codes by site) of pictures noised to one time in [0, 1], the adapter's gate open."""
+    gated = adapter_config(base, adapter).gate_input is not None
+    noise = torch.randn(latents.shape, generator=generator).to(latents)
+    s = torch.full((len(latents),), time, device=latents.device)
+    x = (1 - time) * latents + time * noise
+    with record(base, adapter) as recording, override_gate(base, 1.0 if gated else None, adapter):
+        predicted = backbone.predict(base, x, s, conditioning)
+    return x, s, predicted, {site: calls[-1] for site, calls in recording.codes.items()}
 
 
 def _tensors(statistics: CodeStatistics, layer: Any, adapter: str) -> dict[str, Tensor]:

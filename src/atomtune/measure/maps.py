@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from atomtune.atoms import Atom
+from atomtune.atoms import Atom, noised_pass
 from atomtune.backbones import Backbone, Conditioning
-from atomtune.tuner import adapter_config, override_gate, record, unwrap
+from atomtune.tuner import unwrap
 
 
 @torch.no_grad()
@@ -33,19 +33,14 @@ def code_maps(
     """
     base = unwrap(model)
     rows, columns = backbone.grid(base, latents)
-    gated = adapter_config(base, adapter).gate_input is not None
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, Float[np.ndarray, "pictures rows columns"]] = {}
     for time in times:
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        s = torch.full((len(latents),), time, device=latents.device)
-        with record(base, adapter) as recording, override_gate(base, 1.0 if gated else None, adapter):
-            backbone.predict(base, (1 - time) * latents + time * noise, s, conditioning)
+        _, _, _, codes = noised_pass(base, backbone, latents, conditioning, time, generator, adapter)
         for atom in atoms:
             image = backbone.layout(atom.path, conditioning, rows * columns).image
             if not image.any():
                 continue
-            codes = recording.codes[atom.path][-1][..., atom.row]
-            grid = codes[image].float().view(len(latents), rows, columns).cpu().numpy()
+            grid = codes[atom.path][..., atom.row][image].float().view(len(latents), rows, columns).cpu().numpy()
             found[atom.name] = found.get(atom.name, np.zeros_like(grid)) + grid / len(times)
     return found
