@@ -80,7 +80,7 @@ def measure(
     repeats: int = 2,
     seed: int = 0,
 ) -> Statistics:
-    """What every atom does on noised pictures at several times, its gate open.
+    """What every atom does on noised pictures at several times, its gate open; signed codes count by their size.
 
     `masks` give the share of each picture token that lies on the subject, in [0, 1]. Without them the subject
     is where the adapted and the base's prediction differ by more than half of the most they differ.
@@ -116,7 +116,7 @@ def _collect(
         x, s, adapted, codes = noised_pass(base, backbone, latents, conditioning, time, generator, adapter)
         with base_only(base):
             plain = backbone.predict(base, x, s, conditioning)
-        difference = _per_token((adapted - plain).float().square(), rows, columns)
+        difference = per_token((adapted - plain).float().square(), rows, columns)
         passes.append((s, codes, difference))
     if masks is None:
         total = torch.stack([difference for _, _, difference in passes]).mean(0)
@@ -158,7 +158,7 @@ def _tensors(statistics: CodeStatistics, layer: Any, adapter: str) -> dict[str, 
     return found | {"by_time": statistics.by_time.float().T.contiguous(), "norm": norms.float()}
 
 
-def _per_token(values: Tensor, rows: int, columns: int) -> Float[Tensor, "batch tokens"]:
+def per_token(values: Tensor, rows: int, columns: int) -> Float[Tensor, "batch tokens"]:
     """Mean over channels and over the pixels of each token; latents are `(b, c, h, w)` or `(b, tokens, c)`."""
     if values.ndim == 4:
         return nn.functional.adaptive_avg_pool2d(values.mean(1, keepdim=True), (rows, columns)).flatten(1)

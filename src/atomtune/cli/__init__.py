@@ -13,6 +13,7 @@ COMMANDS = {
     "generate": "Paint pictures with an adapter, its dials turned as you say.",
     "atoms": "Rank the atoms of an adapter.",
     "prune": "Keep the most important atoms for good.",
+    "compare": "Measure methods against each other on the embedded world.",
 }
 
 

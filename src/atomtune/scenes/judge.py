@@ -61,23 +61,26 @@ def load() -> Judge:
 
 
 @torch.no_grad()
-def look(pictures: list[UInt8[np.ndarray, "64 64 3"]], asked: list[Scene]) -> list[dict[str, float]]:
-    """For each picture: `named` and `styled` (share of its things judged as asked), and `similarity`.
+def look_each(picture: UInt8[np.ndarray, "64 64 3"], asked: Scene) -> list[dict[str, float]]:
+    """For each thing that was asked for: `named` and `styled` (1 or 0, judged as asked) and `similarity`.
 
-    `similarity` is the mean cosine between the judge's features of each thing and those of its true rendering.
+    `similarity` is the cosine between the judge's features of the thing and of its true rendering.
     """
     judge = load()
-    rows = []
-    for picture, scene in zip(pictures, asked, strict=True):
-        seen, names, styles = judge(torch.from_numpy(crops(picture, scene)))
-        true = judge(torch.from_numpy(crops(render(scene), scene)))[0]
-        want = torch.tensor([NAMES.index(t.name) for t in scene.things])
-        look = torch.tensor([LOOKS.index(t.style) for t in scene.things])
-        rows.append(
-            {
-                "named": (names.argmax(1) == want).float().mean().item(),
-                "styled": (styles.argmax(1) == look).float().mean().item(),
-                "similarity": nn.functional.cosine_similarity(seen, true).mean().item(),
-            }
-        )
-    return rows
+    seen, names, styles = judge(torch.from_numpy(crops(picture, asked)))
+    true = judge(torch.from_numpy(crops(render(asked), asked)))[0]
+    similar = nn.functional.cosine_similarity(seen, true)
+    return [
+        {
+            "named": float(NAMES[int(names[i].argmax())] == thing.name),
+            "styled": float(LOOKS[int(styles[i].argmax())] == thing.style),
+            "similarity": similar[i].item(),
+        }
+        for i, thing in enumerate(asked.things)
+    ]
+
+
+def look(pictures: list[UInt8[np.ndarray, "64 64 3"]], asked: list[Scene]) -> list[dict[str, float]]:
+    """For each picture: the means over its things of what `look_each` tells."""
+    rows = [look_each(picture, scene) for picture, scene in zip(pictures, asked, strict=True)]
+    return [{name: float(np.mean([thing[name] for thing in row])) for name in row[0]} for row in rows]

@@ -22,13 +22,13 @@ from tqdm import tqdm
 
 from atomtune.adapter import Adapter
 from atomtune.atoms import measure, order_by_importance
-from atomtune.backbones import Backbone, Conditioning, backbone_of, base_name, denoiser, join, select
+from atomtune.backbones import Backbone, Conditioning, backbone_of, base_name, denoiser
 from atomtune.data.folder import Scan
-from atomtune.data.order import batch_at
 from atomtune.errors import UserError
 from atomtune.sampling import generate
 from atomtune.sparse import anneal_k, dead_atoms
 from atomtune.training import checkpoints, gating, objective
+from atomtune.training.batch import draw, generator_of
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import Material, prepare
 from atomtune.tuner import (
@@ -74,7 +74,7 @@ def train(
     processes.wait_for_everyone()
     base = denoiser(pipe)
     # First, because it names unknown sites and wrong sizes, and what follows may take minutes.
-    _attach(pipe, backbone, options)
+    attach_atoms(pipe, backbone, options)
     try:
         with base_only(base):
             material = prepare(pipe, backbone, Path(data), options, run)
@@ -83,15 +83,12 @@ def train(
             if not resume:
                 _claim(run, options)
         processes.wait_for_everyone()
-        with _training_mode(base, options):
+        with training_mode(base, options):
             state = Run(pipe, backbone, material, options, run, processes)
             if resume:
                 state.resume()
             state.steps(progress)
-        gate_report = gating.calibrate(base, backbone, material, NAME) if options.gated else {}
-        statistics = measure(base, backbone, material.latents, material.conditioning, masks=material.masks)
-        statistics = order_by_importance(base, statistics)
-        adapter = Adapter(pipe, statistics)
+        adapter, gate_report = conclude(pipe, backbone, material, options)
         meta = {"concept": options.concept, "steps": options.steps, "seed": options.seed, **gate_report}
         if processes.is_main_process:
             adapter.save(run, {"command": command, **meta})
@@ -148,7 +145,8 @@ def _say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
-def _attach(pipe: Any, backbone: Backbone, options: TrainOptions) -> None:
+def attach_atoms(pipe: Any, backbone: Backbone, options: TrainOptions) -> None:
+    """A fresh adapter, as the options want it."""
     embeds = backbone.encode_prompts(pipe, [""])[backbone.gate_input]
     config = AtomConfig(
         n_atoms=options.n_atoms,
@@ -164,8 +162,18 @@ def _attach(pipe: Any, backbone: Backbone, options: TrainOptions) -> None:
     attach(denoiser(pipe), config, NAME)
 
 
+def conclude(
+    pipe: Any, backbone: Backbone, material: Material, options: TrainOptions
+) -> tuple[Adapter, dict[str, float]]:
+    """After the last step: calibrate the gate, measure the atoms, put them in order; returns what the gate does."""
+    base = denoiser(pipe)
+    gate_report = gating.calibrate(base, backbone, material, NAME) if options.gated else {}
+    statistics = measure(base, backbone, material.latents, material.conditioning, masks=material.masks)
+    return Adapter(pipe, order_by_importance(base, statistics)), gate_report
+
+
 @contextmanager
-def _training_mode(base: Any, options: TrainOptions) -> Iterator[None]:
+def training_mode(base: Any, options: TrainOptions) -> Iterator[None]:
     """Freeze the base; gradient checkpointing where asked. The model stays in eval mode: no dropout."""
     for name, parameter in base.named_parameters():
         parameter.requires_grad_("atom_" in name)
@@ -376,28 +384,24 @@ class Run:
     def _losses(self, micro: int) -> dict[str, Tensor]:
         """The weighted terms of the loss on micro-batch number `micro`, and l0."""
         o, m, backbone = self.options, self.material, self.backbone
-        generator = torch.Generator().manual_seed((o.seed << 32) + micro)
-        rows = torch.tensor(batch_at(micro, len(m.latents), o.batch_size, o.seed))
-        latents, conditioning = m.latents[rows], select(m.conditioning, rows)
-        concept, others = slice(0, len(rows)), slice(len(rows), None)
-        if o.unrelated_rows:
-            picks = torch.randint(len(m.unrelated_latents), (o.unrelated_rows,), generator=generator)
-            latents = torch.cat([latents, m.unrelated_latents[picks]])
-            conditioning = join(conditioning, select(m.unrelated_conditioning, picks))
-        s = objective.DENSITIES[backbone.density](len(latents), generator).to(latents.device)
-        noise = torch.randn(latents.shape, generator=generator).to(latents)
-        x, velocity = objective.noised(latents, s, noise)
-        tokens = math.prod(backbone.grid(self.base, latents))
+        generator = generator_of(o, micro)
+        batch = draw(m, backbone, o, micro, generator)
+        concept, others = batch.concept, batch.others
+        tokens = math.prod(backbone.grid(self.base, batch.x))
         with self._autocast(), record(self.base, NAME) as recording:
-            predicted = backbone.predict(self.base, x, s, conditioning)
-        losses = {"task": objective.flow_matching(predicted[concept], velocity[concept])}
+            predicted = backbone.predict(self.base, batch.x, batch.s, batch.conditioning)
+        losses = {"task": objective.flow_matching(predicted[concept], batch.velocity[concept])}
         if o.unrelated_rows and o.silence:
-            quiet = objective.silence(recording, backbone, conditioning, tokens, others, o.margin)
+            quiet = objective.silence(recording, backbone, batch.conditioning, tokens, others, o.margin)
             losses["silence"] = o.silence * quiet
+        if o.inner:
+            around = objective.around(recording, backbone, batch.conditioning, 1 - m.masks[batch.rows], o.margin)
+            losses["inner"] = o.inner * around
+        if o.unrelated_rows and o.prior:
+            losses["prior"] = o.prior * objective.flow_matching(predicted[others], batch.velocity[others])
         if o.unrelated_rows and o.distill:
-            at = torch.arange(len(rows), len(latents))
             with self._autocast():
-                plain = self._base_prediction(x[others], s[others], select(conditioning, at))
+                plain = self._base_prediction(batch.x[others], batch.s[others], batch.conditioning_of(others))
             losses["distill"] = o.distill * objective.flow_matching(predicted[others], plain)
         if o.sparsity:
             layers = atom_layers(self.base, NAME)

@@ -46,6 +46,26 @@ def silence(
     return torch.stack(terms).sum()
 
 
+def around(
+    recording: Recording,
+    backbone: Backbone,
+    conditioning: Conditioning,
+    weight: Float[Tensor, "concept tokens"],
+    margin: float,
+) -> Tensor:
+    """Sum over sites of the weighted mean of relu(pre + margin) on picture tokens of the first rows.
+
+    A site without picture tokens adds nothing.
+    """
+    terms = [weight.new_zeros(())]
+    for site, calls in recording.pre_codes.items():
+        image = backbone.layout(site, conditioning, weight.shape[1]).image[: len(weight)]
+        if image.any():
+            high = torch.relu(calls[-1][: len(weight)][image] + margin).float().mean(-1)
+            terms.append((high * weight.flatten()).sum() / weight.sum().clamp_min(1))
+    return torch.stack(terms).sum()
+
+
 def sparsity(recording: Recording, atoms: Mapping[str, Tensor], rows: slice) -> Tensor:
     """Sum over sites of the L1 of codes times atom norms, on some rows."""
     return torch.stack([sparse.sparsity(calls[-1][rows], atoms[site]) for site, calls in recording.codes.items()]).sum()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from atomtune.errors import UserError
 
@@ -41,6 +43,10 @@ class TrainOptions:
     """Weight on any code that fires on unrelated pictures."""
     margin: float = 0.2
     """How far below firing the silence term pushes, in pre-code units."""
+    inner: float = 0.0
+    """Weight on any code that fires beside the subject in the concept's own pictures."""
+    prior: float = 0.0
+    """Weight on the task's own loss on unrelated pictures (prior preservation)."""
     sparsity: float = 0.0
     """Weight on the size of codes times their atoms' norms, on the concept's pictures."""
     distill: float = 1.0
@@ -88,7 +94,7 @@ class TrainOptions:
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        for name in ("silence", "sparsity", "distill", "dead"):
+        for name in ("silence", "inner", "prior", "sparsity", "distill", "dead"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise UserError(f"`{name}` must be a weight of 0 or more, got {value}.")
@@ -118,21 +124,31 @@ class TrainOptions:
         """Unrelated pictures in a batch."""
         return self.batch_size if self.unrelated_batch is None else self.unrelated_batch
 
-    def to_json(self) -> str:
-        """The options as JSON; `from_json` reads it back."""
-        return json.dumps(dataclasses.asdict(self), default=str, indent=1) + "\n"
+    def to_dict(self) -> dict[str, Any]:
+        """The options as plain values; `from_dict` reads them back."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=str))
+        return plain
 
     @classmethod
-    def from_json(cls, text: str) -> TrainOptions:
-        """The options of `to_json`. Raises UserError on unknown keys."""
-        values = json.loads(text)
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainOptions:
+        """The options of `to_dict`. Raises UserError on unknown keys."""
         known = {f.name for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise UserError(f"Unknown option {unknown[0]!r} in a saved run. Was it made by a newer atomtune?")
+        read = dict(values)
         for name in ("sites", "sample_prompts"):
-            if values.get(name) is not None:
-                values[name] = tuple(values[name])
-        if values.get("unrelated") is not None:
-            values["unrelated"] = Path(values["unrelated"])
-        return cls(**values)
+            if read.get(name) is not None:
+                read[name] = tuple(read[name])
+        if read.get("unrelated") is not None:
+            read["unrelated"] = Path(read["unrelated"])
+        return cls(**read)
+
+    def to_json(self) -> str:
+        """The options as JSON; `from_json` reads it back."""
+        return json.dumps(self.to_dict(), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> TrainOptions:
+        """The options of `to_json`. Raises UserError on unknown keys."""
+        return cls.from_dict(json.loads(text))

@@ -18,6 +18,7 @@ from atomtune.data.picture import fit, open_mask, open_picture, to_tensor
 from atomtune.data.prompts import split_held_out, unrelated_prompts
 from atomtune.errors import UserError
 from atomtune.sampling import generate
+from atomtune.training.masks import surprise
 from atomtune.training.options import TrainOptions
 from atomtune.tuner import fingerprint
 
@@ -29,8 +30,8 @@ class Material:
     captions: tuple[str, ...]
     latents: Tensor
     conditioning: Conditioning
-    masks: Tensor | None
-    """Share of each picture token on the subject, where every picture came with a mask."""
+    masks: Tensor
+    """Share of each picture token on the subject: from the user's masks, or where the base is surprised."""
     unrelated_latents: Tensor
     unrelated_conditioning: Conditioning
     gate_concept: Conditioning
@@ -71,11 +72,21 @@ def prepare(pipe: Any, backbone: Backbone, data: Path, options: TrainOptions, ru
     def encode(texts: tuple[str, ...]) -> Conditioning:
         return reduce(join, (backbone.encode_prompts(pipe, list(texts[i : i + 32])) for i in range(0, len(texts), 32)))
 
+    conditioning = encode(captions)
+
+    def guess() -> dict[str, Tensor]:
+        return {"masks": surprise(denoiser(pipe), backbone, latents, conditioning)}
+
+    guess_key = key(*print_key, str(side), "surprise", *(s.digest for s in found.samples), *captions)
+    masks = _masks(found.samples, backbone, pipe, latents, side)
+    if masks is None:
+        masks = cache.get(guess_key, guess)["masks"].to(device)
+
     return Material(
         captions=captions,
         latents=latents,
-        conditioning=encode(captions),
-        masks=_masks(found.samples, backbone, pipe, latents, side),
+        conditioning=conditioning,
+        masks=masks,
         unrelated_latents=unrelated,
         unrelated_conditioning=encode(painted),
         gate_concept=encode(opening) if options.gated else {},
@@ -171,7 +182,7 @@ def _masks(samples: tuple[Sample, ...], backbone: Backbone, pipe: Any, latents: 
     pixels = torch.stack([to_tensor(fit(open_mask(path).convert("RGB"), (side, side)))[0] for path in paths])
     grid = backbone.grid(denoiser(pipe), latents)
     shares = torch.nn.functional.adaptive_avg_pool2d((pixels[:, None] + 1) / 2, grid)
-    return shares.flatten(1).clamp(0, 1)
+    return shares.flatten(1).clamp(0, 1).to(latents.device)
 
 
 def _weights_key(pipe: Any) -> str:

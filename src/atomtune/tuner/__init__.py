@@ -6,6 +6,7 @@ from .layer import AtomLinear
 from .model import (
     AtomModel,
     Recording,
+    activate,
     adapter_config,
     atom_layers,
     attach,
@@ -27,6 +28,7 @@ __all__ = [
     "GateShares",
     "PromptGate",
     "Recording",
+    "activate",
     "adapter_config",
     "atom_layers",
     "attach",

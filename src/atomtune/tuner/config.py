@@ -39,6 +39,12 @@ class AtomConfig(PeftConfig):
     threshold: float = field(
         default=1.0, metadata=_help("Where an atom starts to fire, in standard deviations of its pre-code.")
     )
+    normalize: bool = field(
+        default=True, metadata=_help("Whether a site's input is scaled to unit RMS before it is encoded.")
+    )
+    encoder_bias: bool = field(
+        default=True, metadata=_help("Whether pre-codes have a bias. `dense` with neither is LoRA.")
+    )
     steps: int = field(default=3, metadata=_help("Shrinkage steps of the ista encoder."))
     target_modules: list[str] | str | None = field(
         default=None, metadata=_help("Ends of module names, a regular expression, or 'all-linear'.")

@@ -90,6 +90,8 @@ class AtomLinear(nn.Module, AtomLayer):
             threshold=config.threshold,
             encoder=config.encoder,
             steps=config.steps,
+            normalize=config.normalize,
+            bias=config.encoder_bias,
             dtype=torch.float32,
         )
         self.set_dictionary(adapter, dictionary, torch.ones(n_atoms))

@@ -311,6 +311,16 @@ def attach(model: Any, config: AtomConfig, adapter: str = "default") -> None:
         base._hf_peft_config_loaded = True
 
 
+def activate(model: Any, *adapters: str) -> None:
+    """Let exactly these atom adapters take part; their deltas add up."""
+    base = unwrap(model)
+    for adapter in adapters:
+        adapter_config(base, adapter)
+    for layer in base.modules():
+        if isinstance(layer, AtomLayer):
+            layer._active_adapter = list(adapters)
+
+
 @contextmanager
 def base_only(model: Any) -> Iterator[None]:
     """Run the base model, every atom adapter off, without touching which adapters are active or trained."""

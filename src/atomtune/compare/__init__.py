@@ -1,0 +1,1 @@
+"""The benchmark harness: cells of methods, subjects and seeds, and what becomes of their rows."""

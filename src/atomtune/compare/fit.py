@@ -1,0 +1,296 @@
+"""Training one method on one lesson, on equal terms, and keeping what came of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from atomtune import atoms as atom_dials
+from atomtune.adapter import Adapter, load
+from atomtune.backbones import Backbone, backbone_of, denoiser
+from atomtune.compare.controls import attach_factors, factors, rotated, train_gate
+from atomtune.compare.methods import METHODS
+from atomtune.compare.rivals import Rival, attach_rival
+from atomtune.errors import UserError
+from atomtune.scenes.render import render
+from atomtune.scenes.world import Scene
+from atomtune.training import objective
+from atomtune.training.batch import draw, generator_of
+from atomtune.training.loop import NAME, Run, attach_atoms, conclude, schedule, training_mode
+from atomtune.training.options import TrainOptions
+from atomtune.training.prepare import Material, prepare
+from atomtune.tuner import override_gate, remove_adapter, save
+
+COMPONENTS = ("lora", "rslora")
+"""Rivals that are kept as rank-one components, so that they have every dial that atoms have."""
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a method is shown: pictures of scenes with captions, and the words for what is new in them."""
+
+    shots: tuple[tuple[Scene, str], ...]
+    concept: str
+    class_noun: str | None
+
+    def write(self, folder: Path) -> None:
+        """The pictures and captions as files, as a user would bring them."""
+        folder.mkdir(parents=True)
+        for i, (shot, caption) in enumerate(self.shots):
+            Image.fromarray(render(shot)).save(folder / f"{i}.png")
+            (folder / f"{i}.txt").write_text(caption + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One training: a method, its options, its size in ranks of LoRA, and a lesson."""
+
+    method: str
+    options: TrainOptions
+    size: int
+    lesson: Lesson
+    base: str
+    """Fingerprint of the base."""
+
+    @property
+    def key(self) -> str:
+        """What tells this training from every other."""
+        plain = dataclasses.asdict(self) | {"version": METHODS[self.method].version}
+        return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:20]
+
+
+@dataclass(frozen=True)
+class Knob:
+    """How a trained method is turned down, and how far."""
+
+    name: str = "full"
+    """full, scale, atoms (a density, by a formula), purity (a threshold), or random (a density)."""
+    value: float = 1.0
+    formula: str | None = None
+
+
+@dataclass
+class Tuned:
+    """A trained method, attached to a pipeline."""
+
+    pipe: Any
+    facts: dict[str, Any]
+    """trained_parameters, bytes, train_seconds, and what the gate's calibration measured."""
+    adapter: Adapter | None = None
+    rival: Rival | None = None
+
+    @contextmanager
+    def turned(self, knob: Knob) -> Iterator[None]:
+        """Inside, the knob is turned. Raises UserError where the method has no such knob."""
+        with self._turned(knob):
+            yield
+
+    def _turned(self, knob: Knob) -> AbstractContextManager[Any]:
+        if knob.name == "full":
+            return nullcontext()
+        if self.rival is not None:
+            if knob.name != "scale":
+                raise UserError(f"`knob` must be full or scale for this method, got {knob.name!r}.")
+            return self.rival.scaled(knob.value)
+        assert self.adapter is not None
+        if knob.name == "scale":
+            return self.adapter.using(strength=knob.value)
+        if knob.name == "atoms":
+            return self.adapter.using(density=knob.value, formula=knob.formula or "mean")
+        chosen = (pure if knob.name == "purity" else at_random)(self.adapter, knob.value)
+        return atom_dials.strengths(self.pipe, chosen, self.adapter.name)
+
+    @property
+    def gated(self) -> bool:
+        """Whether it has a prompt gate."""
+        return "gate_silent_share" in self.facts
+
+    def gate(self, on: bool) -> AbstractContextManager[None]:
+        """The gate as it is, or held open."""
+        assert self.adapter is not None
+        return nullcontext() if on else override_gate(denoiser(self.pipe), 1.0, self.adapter.name)
+
+    def remove(self) -> None:
+        """The pipeline is the base again."""
+        (self.adapter or self.rival).remove()  # type: ignore[union-attr]
+
+
+def pure(adapter: Adapter, threshold: float) -> dict[str, torch.Tensor]:
+    """Strengths by site that leave out the atoms whose energy lies beside the subject; unknown ones stay."""
+    found = {}
+    for site, s in adapter.statistics.items():
+        kept = (s["purity"] >= threshold) | s["purity"].isnan()
+        found[site] = kept.float()
+    return found
+
+
+def at_random(adapter: Adapter, density: float) -> dict[str, torch.Tensor]:
+    """Strengths by site for a share of the atoms, drawn by lot: the control of every ranking."""
+    drawn = list(adapter.atoms)
+    random.Random(0).shuffle(drawn)
+    return atom_dials.dialled(drawn, density)
+
+
+def obtain(fit: Fit, pipe: Any, folder: Path, name: str = NAME) -> Tuned:
+    """The trained method, attached under a name: from `folder` if it is there, else trained and kept there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = folder / fit.key
+    with exclusive(folder / f"{fit.key}.lock"):
+        if not (kept / "facts.json").is_file():
+            _train(fit, pipe, folder, kept)
+    facts = json.loads((kept / "facts.json").read_text(encoding="utf-8"))
+    if (kept / "adapter").is_dir():
+        return Tuned(pipe, facts, adapter=load(pipe, kept / "adapter", name=name))
+    rival = attach_rival(fit.method, denoiser(pipe), _sites(pipe, fit), fit.size, fit.options.seed)
+    rival.load(load_file(kept / "rival.safetensors"))
+    return Tuned(pipe, facts, rival=rival)
+
+
+def singular(fit: Fit, pipe: Any, folder: Path) -> Tuned:
+    """A trained LoRA again, its components turned into singular vectors; they rank by singular value."""
+    tuned = obtain(fit, pipe, folder)
+    assert tuned.adapter is not None
+    parts = {
+        site: (layer.dictionary(NAME).encoder.detach().clone(), layer.dictionary(NAME).atoms.detach().clone())
+        for site, layer in atom_dials.atom_layers(pipe, NAME).items()
+    }
+    remove_adapter(pipe, NAME)
+    plain = dataclasses.replace(fit.options, gate=False)
+    turned = rotated(parts)
+    attach_factors(pipe, backbone_of(pipe), turned, plain)
+    # A component of size s adds at most s to an input of unit length: what "mean x norm" reads becomes s.
+    statistics = {
+        site: dict.fromkeys(("mean", "mean_when_active", "maximum", "density", "purity"), up.norm(dim=1))
+        | {"norm": up.norm(dim=1)}
+        for site, (_, up) in turned.items()
+    }
+    return Tuned(pipe, tuned.facts, adapter=Adapter(pipe, statistics))
+
+
+def _sites(pipe: Any, fit: Fit) -> tuple[str, ...]:
+    return tuple(fit.options.sites or backbone_of(pipe).sites)
+
+
+def _train(fit: Fit, pipe: Any, folder: Path, kept: Path) -> None:
+    backbone, base = backbone_of(pipe), denoiser(pipe)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{fit.key}-", dir=folder))
+    try:
+        fit.lesson.write(fresh / "data")
+        # `prepare` keeps what is slow beside the run: one cache for all trainings of this folder.
+        material = prepare(pipe, backbone, fresh / "data", fit.options, folder / "run")
+        begin = time.monotonic()
+        if METHODS[fit.method].rival is None:
+            facts = _fit_atoms(pipe, backbone, material, fit, fresh)
+        else:
+            facts = _fit_rival(pipe, backbone, base, material, fit, fresh)
+        facts |= {"train_seconds": round(time.monotonic() - begin, 1), "bytes": _bytes(fresh)}
+        shutil.rmtree(fresh / "data")
+        (fresh / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+        shutil.rmtree(kept, ignore_errors=True)
+        os.replace(fresh, kept)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*.safetensors") if p.name != "statistics.safetensors")
+
+
+def _fit_atoms(pipe: Any, backbone: Backbone, material: Material, fit: Fit, out: Path) -> dict[str, Any]:
+    attach_atoms(pipe, backbone, fit.options)
+    with training_mode(denoiser(pipe), fit.options):
+        run = Run(pipe, backbone, material, fit.options, out, PartialState(cpu=True))
+        losses = [run.step(step)["loss"] for step in range(fit.options.steps)]
+    trained = sum(p.numel() for p in run.parameters())
+    adapter, gate_report = conclude(pipe, backbone, material, fit.options)
+    active = [float(s["density"].sum()) for s in adapter.statistics.values()]
+    adapter.save(out / "adapter")
+    adapter.remove()
+    return {"trained_parameters": trained, "active": sum(active) / len(active), **_ends(losses), **gate_report}
+
+
+def _fit_rival(
+    pipe: Any, backbone: Backbone, base: nn.Module, material: Material, fit: Fit, out: Path
+) -> dict[str, Any]:
+    name = METHODS[fit.method].rival
+    assert name is not None
+    rival = attach_rival(name, base, _sites(pipe, fit), fit.size, fit.options.seed)
+    losses = train_rival(backbone, base, material, rival, fit.options)
+    facts = {"trained_parameters": sum(p.numel() for p in rival.parameters()), **_ends(losses)}
+    if name not in COMPONENTS:
+        save_file({k: v.contiguous() for k, v in rival.state().items()}, out / "rival.safetensors")
+        rival.remove()
+        return facts
+    parts = factors(base)
+    rival.remove()
+    attach_factors(pipe, backbone, parts, fit.options)
+    if fit.options.gated:
+        train_gate(pipe, backbone, material, fit.options)
+    adapter, gate_report = conclude(pipe, backbone, material, fit.options)
+    save(pipe, out / "adapter", statistics=adapter.statistics)
+    adapter.remove()
+    return facts | gate_report
+
+
+def _ends(losses: list[float]) -> dict[str, float]:
+    tail = losses[-max(1, len(losses) // 10) :]
+    return {"final_loss": sum(tail) / len(tail)}
+
+
+def train_rival(
+    backbone: Backbone, base: nn.Module, material: Material, rival: Rival, options: TrainOptions
+) -> list[float]:
+    """The loop that the atoms have, without what only atoms have: same batches, optimizer, schedule and priors."""
+    optimizer = torch.optim.AdamW(rival.parameters(), lr=options.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    losses = []
+    for step in range(options.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * schedule(step, options.steps)
+        batch = draw(material, backbone, options, step, generator_of(options, step))
+        predicted = backbone.predict(base, batch.x, batch.s, batch.conditioning)
+        concept, others = batch.concept, batch.others
+        terms = [objective.flow_matching(predicted[concept], batch.velocity[concept])]
+        if options.unrelated_rows and options.prior:
+            terms.append(options.prior * objective.flow_matching(predicted[others], batch.velocity[others]))
+        if options.unrelated_rows and options.distill:
+            with torch.no_grad(), rival.off():
+                plain = backbone.predict(base, batch.x[others], batch.s[others], batch.conditioning_of(others))
+            terms.append(options.distill * objective.flow_matching(predicted[others], plain))
+        extra = rival.penalty()
+        if extra is not None:
+            terms.append(extra)
+        loss = torch.stack(terms).sum()
+        if not torch.isfinite(loss):
+            raise UserError(f"The loss of {rival.name} is not finite at step {step + 1}. Lower `lr`.")
+        loss.backward()
+        nn.utils.clip_grad_norm_(rival.parameters(), options.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    return losses
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """One process at a time; a killed one lets go."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,239 @@
+"""One cell of the benchmark: train or find a method, turn its knobs, score what it paints."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from atomtune.backbones import open_pipeline
+from atomtune.compare import tasks
+from atomtune.compare.cells import Cell
+from atomtune.compare.fit import COMPONENTS, Fit, Knob, Lesson, Tuned, obtain, singular
+from atomtune.compare.methods import BASE, parse
+from atomtune.compare.tasks import Ask, Studio
+from atomtune.training.options import TrainOptions
+from atomtune.tuner import activate
+from atomtune.tuner.model import unwrap
+
+Row = dict[str, Any]
+
+LEAK_SEED, CLASS_SEED = 900_000, 800_000
+FULL = Knob()
+DIALS = (Knob("atoms", 0.5, "mean"), Knob("atoms", 0.25, "mean"), Knob("atoms", 0.1, "mean"), Knob("scale", 0.8))
+"""Turned in customization, on methods that have components."""
+
+SCALES = tuple(Knob("scale", v) for v in (0.9, 0.8, 0.6))
+FORMULAS = ("mean", "mean_when_active", "purity")
+EDIT_KNOBS = (
+    FULL,
+    *SCALES,
+    *(Knob("atoms", v, f) for f in FORMULAS for v in (0.5, 0.25)),
+    *(Knob("purity", v) for v in (0.4, 0.6)),
+    *(Knob("random", v) for v in (0.5,)),
+)
+
+
+def work(cell: Cell, folder: Path) -> list[Row]:
+    """Measure one cell. Trained methods and the base's pictures are kept in `folder`."""
+    pipe = open_pipeline(cell.config["base"])
+    studio = Studio(pipe, folder, cell.config["sampler"])
+    return [_facts(cell) | row for row in MEASURES[cell.task](cell, studio)]
+
+
+def _facts(cell: Cell) -> Row:
+    """What every row of a cell says about it."""
+    facts: Row = {"task": cell.task, "method": cell.method, "subject": cell.subject, "seed": cell.seed}
+    if cell.method == BASE:
+        return facts | {"size": 0, "knob": "full", "knob_value": 1.0}
+    options = TrainOptions.from_dict(cell.config["options"])
+    return facts | {
+        "size": cell.config["size"],
+        "lr": options.lr,
+        "steps": options.steps,
+        "prior": prior_of(options),
+    }
+
+
+def prior_of(options: TrainOptions) -> str:
+    """none, data (prior preservation) or distill, as the options have it."""
+    if not options.unrelated_rows:
+        return "none"
+    return "distill" if options.distill else "data" if options.prior else "none"
+
+
+def fit_of(cell: Cell, lesson: Lesson) -> Fit:
+    """The training that a cell asks for."""
+    options = dataclasses.replace(
+        TrainOptions.from_dict(cell.config["options"]), concept=lesson.concept, class_noun=lesson.class_noun
+    )
+    return Fit(parse(cell.method)[0], options, cell.config["size"], lesson, cell.config["fingerprint"])
+
+
+def _tuned(cell: Cell, studio: Studio, lesson: Lesson, name: str = "default") -> Tuned:
+    return obtain(fit_of(cell, lesson), studio.pipe, studio.folder / "fits", name)
+
+
+def _noise(cell: Cell) -> int:
+    """Where the noise of a cell's pictures starts: the same for all methods."""
+    return 10_000 * (cell.seed + 1)
+
+
+def _gates(tuned: Tuned) -> tuple[bool | None, ...]:
+    return (True, False) if tuned.gated else (None,)
+
+
+def _at(tuned: Tuned, knob: Knob, gate: bool | None) -> ExitStack:
+    stack = ExitStack()
+    stack.enter_context(tuned.turned(knob))
+    if gate is not None:
+        stack.enter_context(tuned.gate(gate))
+    return stack
+
+
+def _knob(knob: Knob, gate: bool | None) -> Row:
+    kept = knob.value if knob.name in ("atoms", "random") else 1.0
+    return {
+        "gate": gate,
+        "knob": knob.name,
+        "knob_value": knob.value,
+        "formula": knob.formula,
+        "density": kept,
+    }
+
+
+# ------------------------------------------------------------------------------- subjects and styles
+
+
+def customization(cell: Cell, studio: Studio) -> Iterator[Row]:
+    """A new subject from four pictures."""
+    lesson = tasks.subject_lesson(cell.subject)
+    yield from _learned(cell, studio, lesson, tasks.subject_asks(cell.subject), tasks.LEARNED)
+
+
+def style(cell: Cell, studio: Studio) -> Iterator[Row]:
+    """A new style from four pictures."""
+    yield from _learned(cell, studio, tasks.style_lesson(cell.subject), tasks.style_asks(cell.subject), None)
+
+
+def _learned(cell: Cell, studio: Studio, lesson: Lesson, asks: list[Ask], learned: str | None) -> Iterator[Row]:
+    pairs = [a for a in asks if a.kind == "pair"]
+    assert asks[: len(pairs)] == pairs
+    quiet = tasks.unrelated_asks()
+    nouns = tasks.class_asks(lesson.class_noun) if lesson.class_noun else []
+    noise = _noise(cell)
+    neighbours = studio.base(tasks.neighbour_asks(pairs), noise)
+    base_quiet = studio.base(quiet, LEAK_SEED)
+    base_nouns = studio.base(nouns, CLASS_SEED) if nouns else []
+    if cell.method == BASE:
+        pictures = studio.base(asks, noise)
+        inner = tasks.inner_leak(neighbours, pictures[: len(pairs)], pairs)
+        yield tasks.score(pictures, asks, learned) | inner | {"drift": 0.0, "pixel_drift": 0.0, "silence": 1.0}
+        return
+    tuned = _tuned(cell, studio, lesson)
+    for gate in _gates(tuned):
+        with _at(tuned, FULL, gate):
+            pictures = studio.paint(asks, noise)
+            row = tuned.facts | _knob(FULL, gate) | tasks.score(pictures, asks, learned)
+            row |= tasks.inner_leak(neighbours, pictures[: len(pairs)], pairs)
+            row |= tasks.leak(base_quiet, studio.paint(quiet, LEAK_SEED), quiet)
+            if nouns:
+                row["bleed"] = tasks.leak(base_nouns, studio.paint(nouns, CLASS_SEED), nouns)["drift"]
+            yield row
+    if tuned.adapter is not None and cell.config["dials"]:
+        for knob in DIALS:
+            gate = True if tuned.gated else None
+            with _at(tuned, knob, gate):
+                pictures = studio.paint(asks, noise)
+                inner = tasks.inner_leak(neighbours, pictures[: len(pairs)], pairs)
+                yield tuned.facts | _knob(knob, gate) | tasks.score(pictures, asks, learned) | inner
+
+
+# ------------------------------------------------------------------------------------------- editing
+
+
+def editing(cell: Cell, studio: Studio) -> Iterator[Row]:
+    """One picture, full caption."""
+    yield from _edited(cell, studio, tasks.single_lesson(cell.subject, "full"))
+
+
+def editing_bare(cell: Cell, studio: Studio) -> Iterator[Row]:
+    """One picture, bare caption."""
+    yield from _edited(cell, studio, tasks.single_lesson(cell.subject, "bare"))
+
+
+def _edited(cell: Cell, studio: Studio, lesson: Lesson) -> Iterator[Row]:
+    asks, noise = tasks.edit_asks(cell.subject), _noise(cell)
+    if cell.method == BASE:
+        yield from _kinds(studio.base(asks, noise), asks)
+        return
+    tuned = _tuned(cell, studio, lesson)
+    for knob in EDIT_KNOBS if tuned.adapter is not None else (FULL, *SCALES):
+        gate = True if tuned.gated else None
+        with _at(tuned, knob, gate):
+            pictures = studio.paint(asks, noise)
+        for row in _kinds(pictures, asks):
+            yield tuned.facts | _knob(knob, gate) | row
+    if parse(cell.method)[0] in COMPONENTS:
+        tuned.remove()
+        cut = singular(fit_of(cell, lesson), studio.pipe, studio.folder / "fits")
+        for value in (0.5, 0.25):
+            with cut.turned(Knob("atoms", value, "mean")):
+                pictures = studio.paint(asks, noise)
+            for row in _kinds(pictures, asks):
+                yield cut.facts | _knob(Knob("svd", value), None) | row | {"density": value}
+
+
+def _kinds(pictures: Sequence[Any], asks: Sequence[Ask]) -> Iterator[Row]:
+    """The scores of all edits together, and of each kind."""
+    yield {"edit": "all"} | tasks.score(pictures, asks)
+    for kind in dict.fromkeys(a.kind for a in asks):
+        chosen = [i for i, a in enumerate(asks) if a.kind == kind]
+        yield {"edit": kind} | tasks.score([pictures[i] for i in chosen], [asks[i] for i in chosen])
+
+
+# ------------------------------------------------------------------------------- two adapters at once
+
+
+def mixing(cell: Cell, studio: Studio) -> Iterator[Row]:
+    """A subject and a style, taught apart, in one picture."""
+    subject, _, look = cell.subject.partition(" x ")
+    asks = tasks.mixed_asks(subject, look)
+    yield from _together(cell, studio, (tasks.subject_lesson(subject), tasks.style_lesson(look)), asks)
+
+
+def both(cell: Cell, studio: Studio) -> Iterator[Row]:
+    """Two subjects, taught apart, side by side."""
+    first, _, second = cell.subject.partition(" + ")
+    asks = tasks.both_asks(first, second)
+    yield from _together(cell, studio, (tasks.subject_lesson(first), tasks.subject_lesson(second)), asks)
+
+
+def _together(cell: Cell, studio: Studio, lessons: tuple[Lesson, Lesson], asks: list[Ask]) -> Iterator[Row]:
+    noise = _noise(cell)
+    if cell.method == BASE:
+        yield tasks.score(studio.base(asks, noise), asks, None)
+        return
+    # One after the other, since training needs a base without adapters.
+    for lesson in lessons:
+        _tuned(cell, studio, lesson).remove()
+    first, second = (_tuned(cell, studio, lesson, name) for lesson, name in zip(lessons, ("a", "b"), strict=True))
+    activate(unwrap(studio.pipe), "a", "b")
+    for weight in (1.0, 0.8, 0.6):
+        for gate in _gates(first) if weight == 1.0 else _gates(first)[:1]:
+            knob = Knob("scale", weight)
+            with _at(first, knob, gate), _at(second, knob, gate):
+                pictures = studio.paint(asks, noise)
+            yield first.facts | _knob(knob, gate) | tasks.score(pictures, asks, None)
+
+
+MEASURES: dict[str, Callable[[Cell, Studio], Iterator[Row]]] = {
+    "customization": customization,
+    "style": style,
+    "editing": editing,
+    "editing-bare": editing_bare,
+    "mixing": mixing,
+    "both": both,
+}

@@ -1,0 +1,101 @@
+"""What is compared: a name for each way to train, with the learning rate that the search chose for it."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from atomtune.errors import UserError
+from atomtune.training.options import TrainOptions
+
+BASE = "base"
+"""The unadapted model, measured beside the methods."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train."""
+
+    lr: float = 2e-3
+    """Chosen on tuning subjects by `atomtune compare --tune`: benchmarks/results/tuning.json."""
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    """What that search tries."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What differs from the defaults of training."""
+    rival: str | None = None
+    """Name in `rivals.RIVALS`; None: ours, by the product's own training."""
+    version: int = 1
+    """Raised when its code starts to give other results, so that stored cells are measured again."""
+
+
+def _rival(name: str, *rates: float) -> Method:
+    return Method(lr=rates[1], rates=rates, rival=name)
+
+
+METHODS: dict[str, Method] = {
+    "atoms": Method(),
+    "atoms-soft": Method(options={"sparsifier": "soft"}),
+    "atoms-topk": Method(options={"sparsifier": "topk", "k": 4}),
+    "atoms-batchtopk": Method(options={"sparsifier": "batch_topk", "k": 4}),
+    "atoms-jumprelu": Method(options={"sparsifier": "jumprelu"}),
+    "lora": _rival("lora", 1e-3, 2e-3, 4e-3),
+    "rslora": _rival("rslora", 2.5e-4, 5e-4, 1e-3),
+    "dora": _rival("dora", 1e-3, 2e-3, 4e-3),
+    "oft": _rival("oft", 1e-4, 3e-4, 1e-3),
+    "lokr": _rival("lokr", 2e-3, 5e-3, 1e-2),
+    "vera": _rival("vera", 1e-2, 2e-2, 5e-2),
+    "shira": _rival("shira", 3e-4, 1e-3, 2e-3),
+    "fourierft": _rival("fourierft", 1e-3, 3e-3, 1e-2),
+    "waveft": _rival("waveft", 3e-5, 1e-4, 3e-4),
+    "vblora": _rival("vblora", 2e-3, 5e-3, 1e-2),
+    "adapter": _rival("adapter", 1e-3, 2e-3, 4e-3),
+    "ssf": _rival("ssf", 2e-3, 5e-3, 1e-2),
+    "full": _rival("full", 1e-4, 2e-4, 5e-4),
+    "topk_lora": _rival("topk_lora", 1e-3, 2e-3, 4e-3),
+    "transcoder": _rival("transcoder", 1e-3, 2e-3, 4e-3),
+}
+"""Methods by name. The middle one of a rival's rates is its own until the search has chosen."""
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """`atoms:silence=0.01,n_atoms=64` as a method's name and the options that it changes."""
+    name, _, rest = text.partition(":")
+    if name != BASE and name not in METHODS:
+        close = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.4)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"`methods` must be among {', '.join((BASE, *METHODS))}, got {name!r}.{hint}")
+    return name, parse_options(rest.split(","))
+
+
+def parse_options(parts: Iterable[str]) -> dict[str, Any]:
+    """`option=value` and the like, options of training, as a table."""
+    return dict(_pair(part) for part in parts if part)
+
+
+def _pair(part: str) -> tuple[str, Any]:
+    key, sign, value = part.partition("=")
+    known = {f.name for f in dataclasses.fields(TrainOptions)}
+    if not sign or key not in known:
+        close = difflib.get_close_matches(key, known, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"An option of training is written name=value, such as steps=200, got {part!r}.{hint}")
+    if key == "sites":
+        return key, tuple(value.split("+"))
+    try:
+        return key, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return key, value
+
+
+def options_of(text: str, size: int, **given: Any) -> TrainOptions:
+    """The full options of a method written as `parse` reads it, at a size in ranks of LoRA.
+
+    An atom has a bias beside what a rank of LoRA has: 0.3 % more parameters.
+    """
+    name, changed = parse(text)
+    method = METHODS[name]
+    return TrainOptions(**{"n_atoms": size, "lr": method.lr, **given, **method.options, **changed})

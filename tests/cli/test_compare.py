@@ -1,0 +1,73 @@
+"""`atomtune compare`: a small grid from the command to its table, and again without measuring anything."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from atomtune.cli import main
+from atomtune.compare import measure
+from atomtune.compare.cells import Cell
+from atomtune.compare.grid import Grid
+
+QUICK = ["--set", "steps=1", "unrelated_pictures=2", "--sampler", "1", "--seeds", "0", "--sizes", "4"]
+
+
+def test_a_grid_is_measured_once_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["compare", "--subjects", "cow", "--methods", "base", "atoms", "ssf", *QUICK, "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("# customization")
+    for column in ("similarity", "alignment", "drift", "hypervolume", "atoms", "ssf", "base"):
+        assert column in out
+    stored = json.loads((tmp_path / "results/customization.json").read_text())
+    methods = {row["method"] for row in stored["rows"]}
+    assert methods == {"base", "atoms", "ssf"}
+    assert str(tmp_path) not in json.dumps(stored)
+    full = [r for r in stored["rows"] if r["method"] == "atoms" and r["knob"] == "full"]
+    assert {r["gate"] for r in full} == {True, False}
+    assert {r["knob"] for r in stored["rows"] if r["method"] == "atoms"} == {"full", "atoms", "scale"}
+    assert (tmp_path / "results/customization-alignment.svg").is_file()
+    written = {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").glob("*.json")}
+    assert len(written) == 3
+    assert main(arguments) == 0
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").glob("*.json")} == written
+
+
+def cell(task: str, method: str, subject: str) -> Cell:
+    options = {"steps": 1, "unrelated_pictures": 2}
+    return Grid(task, (method,), (subject,), (0,), (4,), sampler=1, options=options).cells()[0]
+
+
+def test_editing_turns_every_knob(tmp_path: Path) -> None:
+    rows = measure.work(cell("editing-bare", "lora", "cow"), tmp_path)
+    assert {r["knob"] for r in rows} == {"full", "scale", "atoms", "purity", "random", "svd"}
+    assert {r["edit"] for r in rows} == {"all", "style", "pair", "position", "size", "color", "pattern"}
+    keys = [(r["knob"], r["knob_value"], r["formula"], r["gate"], r["edit"]) for r in rows]
+    assert len(keys) == len(set(keys))
+
+
+def test_two_adapters_taught_apart_share_a_picture(tmp_path: Path) -> None:
+    rows = measure.work(cell("mixing", "atoms", "dog face x pixelated"), tmp_path)
+    assert {(r["knob_value"], r["gate"]) for r in rows} == {(1.0, True), (1.0, False), (0.8, True), (0.6, True)}
+    assert len(list((tmp_path / "fits").glob("*/facts.json"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "customisation"], "`task` must be one of"),
+        (["--methods", "lorra"], "Did you mean 'lora'"),
+        (["--subjects", "pinapple"], "Did you mean 'pineapple'"),
+        (["--set", "stebs=3"], "Did you mean 'steps'"),
+        (["--processes", "0"], "`processes` must be at least 1"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main(["compare", "--out", str(tmp_path / "out"), *arguments]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "out/results").exists()
