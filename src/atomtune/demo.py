@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import sys
@@ -23,6 +22,7 @@ from atomtune.data.picture import to_tensor
 from atomtune.errors import UserError
 from atomtune.explore.overlay import overlay, scale_of
 from atomtune.explore.report import AtomRow, Cell, Curve, Fact, Report, Strip, write_report
+from atomtune.files import write_whole
 from atomtune.measure import code_maps, drift, pixel_drift, silence
 from atomtune.sampling import generate
 from atomtune.scenes.render import render
@@ -97,7 +97,7 @@ def demo(
     }
     rows = [row | shared for row in rows]
     result = {"command": command, "atomtune": _version(), "rows": rows}
-    _write_atomic(out / "result.json", json.dumps(result, indent=1) + "\n")
+    write_whole(out / "result.json", json.dumps(result, indent=1) + "\n")
     shown: dict[str, Any] = {"asked": asked, "strips": strips, "unrelated": unrelated}
     shown |= {"base_unrelated": base_unrelated, "quiet": quiet, "forced": forced}
     path = write_report(_report(adapter, subject, rows, shown, out, command), out / "report.html")
@@ -189,12 +189,6 @@ def _version() -> str:
     import importlib.metadata
 
     return importlib.metadata.version("atomtune")
-
-
-def _write_atomic(path: Path, text: str) -> None:
-    fresh = path.with_name(f".{path.name}.tmp")
-    fresh.write_text(text, encoding="utf-8")
-    os.replace(fresh, path)
 
 
 # ------------------------------------------------------------------------------------------------- report

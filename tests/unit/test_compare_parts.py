@@ -11,7 +11,7 @@ from PIL import Image
 
 from atomtune.backbones import backbone_of, denoiser, open_pipeline
 from atomtune.compare import tasks
-from atomtune.compare.controls import attach_factors, factors, rotated
+from atomtune.compare.controls import attach_autoencoded, attach_factors, factors, rotated
 from atomtune.compare.fit import Fit, Knob, Lesson, exclusive, obtain, train_rival
 from atomtune.compare.grid import Grid
 from atomtune.compare.methods import METHODS, options_of, parse
@@ -229,6 +229,20 @@ def test_lora_as_components_paints_the_same(pipe: Any, material: Any) -> None:
     down, up = next(iter(rotated(parts).values()))
     sizes = (down.norm(dim=1) * up.norm(dim=1)).tolist()
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_an_autoencoder_takes_the_place_of_an_update(pipe: Any, material: Any) -> None:
+    backbone, base = backbone_of(pipe), denoiser(pipe)
+    rival = attach_rival("lora", base, backbone.sites, 2, 0)
+    train_rival(backbone, base, material, rival, dataclasses.replace(SMALL, lr=0.02))
+    adapted, parts = prediction(pipe, material), factors(base)
+    rival.remove()
+    plain = prediction(pipe, material)
+    lost = attach_autoencoded(pipe, backbone, material, parts, dataclasses.replace(SMALL, gate=False))
+    assert lost < 0.3
+    error = (prediction(pipe, material) - adapted).square().mean()
+    assert error < 0.3 * (plain - adapted).square().mean()
+    remove_adapter(pipe)
 
 
 @pytest.mark.parametrize("method", ["atoms", "lora", "ssf"])

@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+import os
 import re
 from dataclasses import dataclass, field, replace
 from html.parser import HTMLParser
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from atomtune.errors import UserError
 from atomtune.explore import report as module
 from atomtune.explore.report import AtomRow, Cell, Curve, Fact, Report, Strip, write_report
 
@@ -282,12 +284,12 @@ def test_report_is_replaced_at_once_or_not_at_all(tmp_path: Path, monkeypatch: p
     assert write_report(FULL, path) == path
     before = path.read_bytes()
 
-    def fail(self: Path, target: Path) -> None:
+    def fail(source: Path, target: Path) -> None:
         raise OSError("disk full")
 
     with monkeypatch.context() as broken:
-        broken.setattr(Path, "replace", fail)
-        with pytest.raises(OSError, match="disk full"):
+        broken.setattr(os, "replace", fail)
+        with pytest.raises(UserError, match="disk full"):
             write_report(NOTHING, path)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]

@@ -10,7 +10,6 @@ import json
 import logging
 import math
 import os
-import secrets
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, Union
 
 from atomtune.errors import UserError
+from atomtune.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -122,27 +122,6 @@ class Outcome:
     """`code_digest` of the source that measured it."""
     started: str = ""
     """ISO time."""
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Beside its place, synced, then renamed: a reader sees the whole file or none, after a power loss too."""
-    fresh = path.with_name(f".{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with fresh.open("x", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
-    except BaseException as error:
-        with suppress(OSError):
-            fresh.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(
-                f"Could not write {path}: {error.strerror or error}. Free space or name another folder, "
-                "and give the same command again; what was finished before is kept."
-            ) from error
-        raise
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from torch import nn
 from atomtune import atoms as atom_dials
 from atomtune.adapter import Adapter, load
 from atomtune.backbones import Backbone, backbone_of, denoiser
-from atomtune.compare.controls import attach_factors, factors, rotated, train_gate
+from atomtune.compare.controls import attach_autoencoded, attach_factors, factors, rotated, train_gate
 from atomtune.compare.methods import METHODS
 from atomtune.compare.rivals import Rival, attach_rival
 from atomtune.errors import UserError
@@ -159,7 +159,9 @@ def obtain(fit: Fit, pipe: Any, folder: Path, name: str = NAME) -> Tuned:
     facts = json.loads((kept / "facts.json").read_text(encoding="utf-8"))
     if (kept / "adapter").is_dir():
         return Tuned(pipe, facts, adapter=load(pipe, kept / "adapter", name=name))
-    rival = attach_rival(fit.method, denoiser(pipe), _sites(pipe, fit), fit.size, fit.options.seed)
+    name_of = METHODS[fit.method].rival
+    assert name_of is not None
+    rival = attach_rival(name_of, denoiser(pipe), _sites(pipe, fit), fit.size, fit.options.seed)
     rival.load(load_file(kept / "rival.safetensors"))
     return Tuned(pipe, facts, rival=rival)
 
@@ -241,7 +243,10 @@ def _fit_rival(
         return facts
     parts = factors(base)
     rival.remove()
-    attach_factors(pipe, backbone, parts, fit.options)
+    if METHODS[fit.method].autoencoded:
+        facts["autoencoder_error"] = attach_autoencoded(pipe, backbone, material, parts, fit.options)
+    else:
+        attach_factors(pipe, backbone, parts, fit.options)
     if fit.options.gated:
         train_gate(pipe, backbone, material, fit.options)
     adapter, gate_report = conclude(pipe, backbone, material, fit.options)

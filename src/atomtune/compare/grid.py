@@ -14,12 +14,13 @@ from typing import Any
 
 from atomtune.backbones import EMBEDDED, open_pipeline
 from atomtune.compare import plots, tables
-from atomtune.compare.cells import Cell, write_whole
+from atomtune.compare.cells import Cell
 from atomtune.compare.methods import BASE, METHODS, options_of, parse
 from atomtune.compare.runner import rows as rows_of
 from atomtune.compare.runner import run, write_result
 from atomtune.compare.tasks import TASKS
 from atomtune.errors import UserError
+from atomtune.files import write_whole
 from atomtune.tuner import fingerprint
 
 CODE = ("atomtune.sparse", "atomtune.tuner", "atomtune.training", "atomtune.scenes", "atomtune.compare.fit")

@@ -28,6 +28,8 @@ class Method:
     """What differs from the defaults of training."""
     rival: str | None = None
     """Name in `rivals.RIVALS`; None: ours, by the product's own training."""
+    autoencoded: bool = False
+    """Whether a sparse autoencoder is fitted to its update afterwards, and takes its place."""
     version: int = 1
     """Raised when its code starts to give other results, so that stored cells are measured again."""
 
@@ -43,6 +45,7 @@ METHODS: dict[str, Method] = {
     "atoms-batchtopk": Method(options={"sparsifier": "batch_topk", "k": 4}),
     "atoms-jumprelu": Method(options={"sparsifier": "jumprelu"}),
     "lora": _rival("lora", 1e-3, 2e-3, 4e-3),
+    "lora_sae": Method(lr=2e-3, rival="lora", autoencoded=True),
     "rslora": _rival("rslora", 2.5e-4, 5e-4, 1e-3),
     "dora": _rival("dora", 1e-3, 2e-3, 4e-3),
     "oft": _rival("oft", 1e-4, 3e-4, 1e-3),

@@ -27,8 +27,9 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from atomtune.compare.cells import Cell, Outcome, Row, Store, code_digest, plain_rows, write_whole
+from atomtune.compare.cells import Cell, Outcome, Row, Store, code_digest, plain_rows
 from atomtune.errors import UserError
+from atomtune.files import write_whole
 
 log = logging.getLogger(__name__)
 

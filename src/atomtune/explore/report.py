@@ -3,7 +3,6 @@
 import base64
 import io
 import math
-import os
 import re
 from dataclasses import dataclass
 from html import escape
@@ -12,6 +11,8 @@ from itertools import groupby
 from pathlib import Path
 
 from PIL import Image
+
+from atomtune.files import write_whole
 
 MAX_SIDE = 512
 """Longest side of a picture in the file, in pixels: larger ones are scaled down to it."""
@@ -97,15 +98,7 @@ class Report:
 
 def write_report(report: Report, path: Path) -> Path:
     """Write the page to `path`, making its folder; another file there is replaced at once or not at all."""
-    page = _page(report)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(page, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return path
+    return write_whole(path, _page(report))
 
 
 def _page(report: Report) -> str:

@@ -58,7 +58,7 @@ class TrainOptions:
     unrelated: Path | None = None
     """A text file of unrelated prompts, one a line. None: the base folder's unrelated.txt, or a shipped list."""
     unrelated_pictures: int = 32
-    """How many pictures the base paints of unrelated prompts before training (cached)."""
+    """How many pictures the base paints before training (cached): of unrelated prompts, and of the class noun."""
     resolution: int | None = None
     """Side of the training pictures, in pixels. None: the base's default."""
     grad_accumulation: int = 1

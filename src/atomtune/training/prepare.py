@@ -58,7 +58,7 @@ def prepare(pipe: Any, backbone: Backbone, data: Path, options: TrainOptions, ru
     if not kept or not held_out:
         raise UserError("`unrelated` must hold prompts without the concept; all of them name it.")
     device = pipe.vae.device
-    painted = kept[: options.unrelated_pictures]
+    painted = pictured(captions, kept, options)
 
     def paint() -> dict[str, Tensor]:
         pictures = generate(pipe, painted, seed=options.seed + 1_000_000, height=side, width=side)
@@ -88,7 +88,8 @@ def prepare(pipe: Any, backbone: Backbone, data: Path, options: TrainOptions, ru
         conditioning=conditioning,
         masks=masks,
         unrelated_latents=unrelated,
-        unrelated_conditioning=encode(painted),
+        # No words, now and then: guidance leans on what the model paints without any.
+        unrelated_conditioning=encode(tuple("" if i % 8 == 7 else p for i, p in enumerate(painted))),
         gate_concept=encode(opening) if options.gated else {},
         gate_unrelated=encode(shutting) if options.gated else {},
         gate_held_out=encode(("", *held_out)) if options.gated else {},
@@ -125,6 +126,16 @@ def unrelated_list(pipe: Any, options: TrainOptions) -> tuple[str, ...]:
     if len(lines) < 5:
         raise UserError(f"`unrelated` must hold at least 5 prompts, one a line; {path} has {len(lines)}.")
     return lines
+
+
+def pictured(captions: tuple[str, ...], unrelated: tuple[str, ...], options: TrainOptions) -> tuple[str, ...]:
+    """The prompts of the base's own pictures: a quarter say the class noun where captions say the concept's name."""
+    name, noun = options.concept, options.class_noun
+    number = options.unrelated_pictures
+    near = [_replace(c, name, noun) for c in captions if _mentions(c, name)] if name and noun else []
+    # With few captions each is painted several times, every time from another noise.
+    near = (near * number)[: number // 4]
+    return (*near, *unrelated)[:number]
 
 
 def gate_prompts(
