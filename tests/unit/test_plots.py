@@ -1,4 +1,4 @@
-"""The figures: whole files of the same bytes for the same rows, nothing of matplotlib's left changed, names apart."""
+"""The figures: whole files of the same bytes for the same rows, and nothing of matplotlib's left changed."""
 
 import builtins
 import itertools
@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from atomtune.compare import plots
-from atomtune.compare.plots import against_size, place_labels, sweep, trade_off
+from atomtune.compare.plots import against_size, sweep, trade_off
 from atomtune.compare.tables import summarise
 from atomtune.errors import UserError
 
@@ -71,18 +71,26 @@ FIGURES: dict[str, Callable[[list[dict[str, Any]], Path], Path]] = {
 @pytest.fixture
 def axes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The axes of every figure that is written, instead of its file."""
-    found = []
-
-    def write(figure: Any, path: Path) -> Path:
-        found.append(figure.axes[0])
-        return path
-
-    monkeypatch.setattr(plots, "_write", write)
+    found: list[Any] = []
+    monkeypatch.setattr(plots, "_write", lambda figure, path: found.append(figure.axes[0]))
     return found
 
 
 def words(axes: Any) -> list[str]:
-    return [text.get_text() for text in axes.texts if text.get_text()]
+    return [text.get_text() for text in axes.texts]
+
+
+def legend(axes: Any) -> list[str]:
+    return [text.get_text() for one in axes.figure.legends for text in one.get_texts()]
+
+
+def joined(axes: Any) -> list[tuple[float, ...]]:
+    """The values of x of every line that joins points."""
+    return [
+        tuple(line.get_xdata())
+        for line in axes.lines
+        if line.get_linestyle() != "None" and line.get_transform() == axes.transData
+    ]
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -163,24 +171,25 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_method_is_named_once(axes: list[Any], tmp_path: Path) -> None:
+def test_every_method_is_in_the_legend_and_ours_beside_its_point(axes: list[Any], tmp_path: Path) -> None:
     trade_off(LARGE, "similarity", "alignment", tmp_path / "a.svg")
-    found = words(axes[0])
-    assert sorted(w for w in found if w.removesuffix(" + gate") in METHODS) == sorted(
-        [*METHODS, *(f"{m} + gate" for m in METHODS)]
-    )
-    for word in ("base", "better", "atoms kept", "components kept"):
+    found = legend(axes[0])
+    for word in (*METHODS, "ours", "low-rank", "with", "without", "strongest kept", "scaled"):
         assert found.count(word) == 1
-    assert found.count("scaled") == 2
+    assert "rank" not in found
+    assert sorted(words(axes[0])) == ["atoms", "atoms-soft", "base", "better ↗"]
+    trade_off(SUMMARY, "similarity", "alignment", tmp_path / "a.svg")
+    found = legend(axes[1])
+    assert found[found.index("rank") :][:3] == ["rank", "8", "16"]
 
 
-def test_the_names_do_not_overlap(axes: list[Any], tmp_path: Path) -> None:
+def test_names_stay_inside_and_apart(axes: list[Any], tmp_path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     for x, y in (("similarity", "alignment"), ("drift", "similarity")):
         trade_off(LARGE, x, y, tmp_path / "a.svg")
         renderer = FigureCanvasAgg(axes[-1].figure).get_renderer()
-        boxes = [text.get_window_extent(renderer) for text in axes[-1].texts if text.get_text()]
+        boxes = [text.get_window_extent(renderer) for text in axes[-1].texts if "better" not in text.get_text()]
         frame = axes[-1].get_window_extent(renderer).padded(2)
         for a, b in itertools.combinations(boxes, 2):
             assert not a.overlaps(b)
@@ -189,17 +198,27 @@ def test_the_names_do_not_overlap(axes: list[Any], tmp_path: Path) -> None:
             assert frame.containsx(box.x1)
 
 
-def test_the_arrow_points_to_the_good_corner(axes: list[Any], tmp_path: Path) -> None:
-    trade_off(FEW, "similarity", "alignment", tmp_path / "a.svg")
-    trade_off(FEW, "similarity", "drift", tmp_path / "a.svg")
-    trade_off(FEW, "trained_parameters", "drift", tmp_path / "a.svg")
-    moves = []
-    for one in axes:
-        (arrow,) = (text for text in one.texts if getattr(text, "arrow_patch", None) is not None)
-        moves.append(tuple(np.round(np.array(arrow.xy) - np.array(arrow.xyann), 6)))
-    assert all(move > 0 for move in moves[0])
-    assert moves[1][0] > 0 > moves[1][1]
-    assert moves[2][0] == 0 > moves[2][1]
+def test_options_of_a_method_and_formulas_of_a_knob_are_told_apart(axes: list[Any], tmp_path: Path) -> None:
+    own = [e for e in FEW if e["method"] == "atoms" and e["gate"]]
+    other = [{**e, "method": "atoms:k=4,lr=0.1", "formula": e["formula"] and "mean_when_active"} for e in own]
+    trade_off([*own, *other], "similarity", "alignment", tmp_path / "a.svg")
+    assert {"atoms", "atoms\nk=4\nlr=0.1", "kept by mean", "kept by mean when active"} <= set(legend(axes[0]))
+
+
+def test_better_stands_at_the_good_corner(axes: list[Any], tmp_path: Path) -> None:
+    for x, y in (("similarity", "alignment"), ("similarity", "drift"), ("trained_parameters", "drift")):
+        trade_off(FEW, x, y, tmp_path / "a.svg")
+    marks = [next(text for text in one.texts if "better" in text.get_text()) for one in axes]
+    assert [mark.get_text() for mark in marks] == ["better ↗", "better ↘", "better ↓"]
+    assert [mark.xy for mark in marks] == [(1, 1), (1, 0), (1, 0)]
+
+
+def test_bars_are_the_intervals(axes: list[Any], tmp_path: Path) -> None:
+    entry = next(e for e in FEW if e["method"] == "lora" and e["knob"] == "full")
+    trade_off([entry], "similarity", "alignment", tmp_path / "a.svg")
+    (across,), (upright,) = (bars.get_segments() for bars in axes[0].collections)
+    assert across[:, 0] == pytest.approx([entry["similarity"].low, entry["similarity"].high])
+    assert upright[:, 1] == pytest.approx([entry["alignment"].low, entry["alignment"].high])
 
 
 def test_drift_is_logarithmic_where_it_spreads(axes: list[Any], tmp_path: Path) -> None:
@@ -215,11 +234,10 @@ def test_drift_is_logarithmic_where_it_spreads(axes: list[Any], tmp_path: Path) 
 def test_a_line_joins_the_points_of_a_knob_and_full_strength(axes: list[Any], tmp_path: Path) -> None:
     atoms = [e for e in LARGE if e["method"] == "atoms" and e["gate"]]
     trade_off(atoms, "similarity", "alignment", tmp_path / "a.svg")
-    lines = [line for line in axes[0].lines if len(line.get_xdata()) == 3]
-    assert len(lines) == 4
+    ends = sorted(joined(axes[0]))
+    assert [len(xs) for xs in ends] == [3] * 4
     full = next(e["similarity"].mean for e in atoms if e["knob"] == "full")
     at = {e["knob_value"]: e["similarity"].mean for e in atoms if e["knob"] == "purity"}
-    ends = sorted(tuple(line.get_xdata()) for line in lines)
     assert sum(xs[-1] == full for xs in ends) == 3
     # Purity is a threshold, so that nothing is removed at 0.
     assert (full, at[0.4], at[0.6]) in ends
@@ -227,42 +245,34 @@ def test_a_line_joins_the_points_of_a_knob_and_full_strength(axes: list[Any], tm
 
 def test_a_sweep_has_the_controls_beside_ours(axes: list[Any], tmp_path: Path) -> None:
     sweep(LARGE, "knob_value", "similarity", tmp_path / "a.svg")
-    names = {
-        f"{method}, {knob}"
-        for method, own in (("atoms", "atoms kept"), ("lora", "components kept"))
-        for knob in (own, "scaled", "kept at random", "pure ones kept")
-    }
-    assert names <= set(words(axes[0]))
-    curves = [line for line in axes[0].lines if len(line.get_xdata()) == 3 and line.get_linestyle() != "None"]
-    assert sorted({tuple(line.get_xdata()) for line in curves}) == [(0.0, 0.4, 0.6), (0.25, 0.5, 1.0)]
-    assert len(axes[0].collections) - sum(hasattr(c, "get_segments") for c in axes[0].collections) == 2
+    assert {"atoms", "lora", "strongest kept", "scaled", "random kept", "pure kept"} <= set(legend(axes[0]))
+    lines = joined(axes[0])
+    assert len(lines) == 2 * 4
+    assert set(lines) == {(0.0, 0.4, 0.6), (0.25, 0.5, 1.0)}
     assert axes[0].get_ylabel() == "similarity ↑"
 
 
 def test_a_method_with_and_without_a_gate_is_filled_and_hollow(axes: list[Any], tmp_path: Path) -> None:
-    legends = []
     for entries in (FEW, [e for e in FEW if (e["method"] == "lora") == bool(e["gate"])]):
         trade_off(entries, "similarity", "alignment", tmp_path / "a.svg")
-        legends.append([text.get_text() for legend in axes[-1].figure.legends for text in legend.get_texts()])
-    assert legends == [["no gate", "with the gate"], []]
+    assert ["gate" in legend(one) for one in axes] == [True, False]
+    hollow = [[line for line in one.lines if line.get_markerfacecolor() == "white"] for one in axes]
+    assert [len(lines) for lines in hollow] == [2, 0]
 
 
 def test_sizes_are_logarithmic_and_only_full_strength_counts(axes: list[Any], tmp_path: Path) -> None:
     against_size(SOME, "similarity", tmp_path / "a.svg")
     assert axes[0].get_xscale() == "log"
-    curves = [
-        line for line in axes[0].lines if line.get_linestyle() == "-" and line.get_transform() == axes[0].transData
-    ]
-    assert {tuple(line.get_xdata()) for line in curves} == {(72_000, 144_000)}
-    assert len(curves) == 2 * 3
+    assert joined(axes[0]) == [(72_000, 144_000)] * 2 * 3
+    assert "rank" not in legend(axes[0])
 
 
-def test_a_base_far_away_is_a_number_at_the_edge(axes: list[Any], tmp_path: Path) -> None:
-    against_size(SOME, "similarity", tmp_path / "a.svg")
-    assert "base 0.515 ↓" in words(axes[0])
+def test_a_base_far_away_is_only_a_number(axes: list[Any], tmp_path: Path) -> None:
+    for measure in ("similarity", "alignment", "drift"):
+        against_size(SOME, measure, tmp_path / "a.svg")
+    assert [legend(one)[-2:] for one in axes] == [["base", "0.515"], ["base", "95%"], ["base", "0.0000"]]
     assert axes[0].get_ylim()[0] > 0.6
-    against_size(SOME, "alignment", tmp_path / "a.svg")
-    assert "base" in words(axes[1])
+    assert [any(tuple(line.get_xdata()) == (0, 1) for line in one.lines) for one in axes] == [False, True, True]
 
 
 def test_one_subject_and_one_method_can_be_drawn(tmp_path: Path) -> None:
@@ -274,42 +284,10 @@ def test_one_subject_and_one_method_can_be_drawn(tmp_path: Path) -> None:
     assert trade_off([e for e in summary if e["method"] == "base"], "drift", "similarity", tmp_path / "a.svg").exists()
 
 
-def test_places_are_free_where_there_is_room() -> None:
-    random = np.random.default_rng(0)
-    anchors = [random.uniform(60, 240, (1, 2)) for _ in range(12)]
-    marks = np.concatenate([np.concatenate([a - 4, a + 4], 1) for a in anchors])
-    sizes = np.tile([40.0, 9.0], (12, 1))
-    found = place_labels(anchors, sizes, marks, marks, np.array([0.0, 0.0, 300.0, 300.0]))
-    for (anchor, box), own in zip(found, anchors, strict=True):
-        assert (anchor == own[0]).all()
-        assert box[2:] - box[:2] == pytest.approx(sizes[0])
-        assert (box >= 0).all()
-        assert (box <= 300).all()
-    boxes = np.array([*(box for _, box in found), *marks])
-    shared = plots._overlap(boxes[:12], boxes)
-    assert shared.sum() == pytest.approx(12 * 360)
-
-
-def test_a_label_may_choose_among_its_anchors() -> None:
-    anchors = [np.array([[20.0, 50.0], [180.0, 50.0]])]
-    wall = np.array([[120.0, 0.0, 200.0, 100.0]])
-    ((anchor, _),) = place_labels(anchors, np.array([[30.0, 9.0]]), wall, wall[:0], np.array([0.0, 0.0, 200.0, 100.0]))
-    assert anchor[0] == 20
-    assert place_labels([], np.empty((0, 2)), wall, wall, np.array([0.0, 0.0, 200.0, 100.0])) == []
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [(0, "0"), (0.01, "0.01"), (1e-3, "0.001"), (1e-4, "10⁻⁴"), (1e-12, "10⁻¹²"), (2e-4, "0.0002"), (-1, "")],
-)
-def test_small_ticks_are_powers(value: float, text: str) -> None:
-    assert plots._decade(value, 0) == text
-
-
 def test_colours_and_names_of_families() -> None:
-    assert plots._color("atoms-topk") == plots._color("atoms:silence=0.01") == plots.OURS
-    assert plots._color("lora") == plots._color("dora") != plots._color("oft")
-    assert plots._color("full") == plots.OTHER
+    assert plots._family("atoms-topk") == plots._family("atoms:silence=0.01") == "ours"
+    assert plots._family("lora") == plots._family("dora") != plots._family("oft")
+    assert plots._family("full") == "other"
     every = list(itertools.chain(*(names.split() for _, names in plots.FAMILIES.values())))
     assert len(every) == len(set(every))
-    assert len({color for color, _ in plots.FAMILIES.values()} | {plots.OURS, plots.OTHER}) == len(plots.FAMILIES) + 2
+    assert len({color for color, _ in plots.FAMILIES.values()}) == len(plots.FAMILIES)

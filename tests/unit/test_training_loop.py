@@ -100,8 +100,13 @@ def pull_the_plug() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"grad_accumulation": 2}, {"sparsifier": "topk", "k": 1, "dead": 0.1, "sparsity": 0.01}],
-    ids=["plain", "accumulated", "every-term"],
+    [
+        {},
+        {"grad_accumulation": 2},
+        {"sparsifier": "topk", "k": 1, "dead": 0.1, "sparsity": 0.01, "inner": 0.1, "prior": 0.1},
+        {"nested": True, "start": "data"},
+    ],
+    ids=["plain", "accumulated", "every-term", "nested"],
 )
 @pytest.mark.parametrize("stop", [press_ctrl_c, pull_the_plug], ids=["ctrl-c", "cut-off"])
 def test_three_stops_change_nothing(

@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import atomtune
 from atomtune.backbones import backbone_of
 from atomtune.data.folder import Scan, Skipped
 from atomtune.errors import UserError
 from atomtune.training import gating, loop
+from atomtune.training.masks import surprise
 from atomtune.training.objective import DENSITIES, flow_matching, noised
 from atomtune.training.options import TrainOptions
-from atomtune.training.prepare import gate_prompts, prepare, unrelated_list
+from atomtune.training.prepare import gate_prompts, pictured, prepare, spoken, unrelated_list
+from atomtune.training.start import discriminants
 from atomtune.tuner import AtomConfig, attach, prompt_gate, remove_adapter
 
 # --------------------------------------------------------------------------------------------------- options
@@ -216,3 +219,63 @@ def test_what_is_passed_over_is_told(capsys: pytest.CaptureFixture[str]) -> None
     told = capsys.readouterr()
     assert told.err == "passed over, not a picture: a.psd.bak, b.doc, c.doc and 2 more\n"
     assert told.out == ""
+
+
+# -------------------------------------------------------------------------------- the subject, and where atoms start
+
+
+def test_the_base_is_surprised_where_the_subject_is() -> None:
+    from atomtune.data.picture import to_tensor
+    from atomtune.scenes.render import render, subject_mask
+    from atomtune.scenes.world import caption, scene
+
+    pipe = atomtune.open_pipeline("embedded")
+    backbone = backbone_of(pipe)
+    shots = [scene("kite", "3d", "big", "left", "red"), scene("mouse", "3d", "big", "right", "blue")]
+    pixels = torch.stack([to_tensor(Image.fromarray(render(s))) for s in shots])
+    latents = backbone.encode_pictures(pipe, pixels)
+    conditioning = backbone.encode_prompts(pipe, [caption(s) for s in shots])
+    found = surprise(pipe.transformer, backbone, latents, conditioning)
+    for mask, shot in zip(found, shots, strict=True):
+        true = torch.from_numpy(subject_mask(shot)).view(8, 8, 8, 8).mean((1, 3)).flatten() > 0.2
+        both, either = (mask.bool() & true).sum(), (mask.bool() | true).sum()
+        assert both / either > 0.5
+    alone = surprise(pipe.transformer, backbone, latents[:1], {k: v[:1] for k, v in conditioning.items()})
+    assert alone.shape == (1, 64)
+
+
+def test_a_quarter_of_the_pictures_show_the_class_noun() -> None:
+    options = TrainOptions(concept="kite", class_noun="toy", unrelated_pictures=8)
+    captions = ("a red kite on a blue background", "a kite")
+    others = tuple(f"prompt {i}" for i in range(20))
+    assert pictured(captions, others, options) == ("a red toy on a blue background", "a toy", *others[:6])
+    assert pictured(captions, others, dataclasses.replace(options, class_noun=None)) == others[:8]
+    assert pictured(captions, others, dataclasses.replace(options, concept="ship")) == others[:8], "none names it"
+
+
+def test_discriminants_tell_the_two_kinds_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    # The concept differs in a direction of small variance, which a difference of means would miss.
+    spread = torch.tensor([3.0, 1.0, 1.0, 0.5])
+    other = torch.randn(2000, 4, generator=generator) * spread + 3
+    own = torch.randn(200, 4, generator=generator) * spread + 3 + torch.tensor([0.0, 0.0, 0.0, 4.0])
+    e, b = discriminants(own, other, 6, generator)
+    assert e.shape == (6, 4)
+    own_codes, other_codes = (torch.relu(x @ e.T - b) for x in (own, other))
+    assert (own_codes > 0).any(1).float().mean() > 0.95
+    assert (other_codes > 0).float().mean() < 0.02
+    assert torch.allclose(other.mean(0) @ e.T - b, torch.full((6,), -1.0), atol=1e-3)
+
+
+def test_more_atoms_than_positions_still_start() -> None:
+    generator = torch.Generator().manual_seed(0)
+    e, b = discriminants(torch.randn(2, 4, generator=generator), torch.randn(9, 4, generator=generator), 5, generator)
+    assert e.isfinite().all()
+    assert b.isfinite().all()
+
+
+def test_unrelated_pictures_are_sometimes_learned_without_words() -> None:
+    prompts = tuple(f"prompt {i}" for i in range(16))
+    assert spoken(prompts) == (*prompts[:14], "", "")
+    assert spoken(prompts[:3]) == (*prompts[:2], "")
+    assert spoken(prompts[:1]) == prompts[:1]

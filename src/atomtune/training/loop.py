@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from atomtune.adapter import Adapter
-from atomtune.atoms import measure, order_by_importance
+from atomtune.atoms import measure, order_by_importance, strengths
 from atomtune.backbones import Backbone, Conditioning, backbone_of, base_name, denoiser
 from atomtune.data.folder import Scan
 from atomtune.errors import UserError
@@ -31,6 +31,7 @@ from atomtune.training import checkpoints, gating, objective
 from atomtune.training.batch import draw, generator_of
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import Material, prepare
+from atomtune.training.start import from_activations
 from atomtune.tuner import (
     AtomConfig,
     atom_layers,
@@ -228,6 +229,8 @@ class Run:
         self.device = material.latents.device
         # float16 alone needs it: small gradients would vanish.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.mixed_precision == "fp16")
+        if options.start == "data":
+            from_activations(self.base, backbone, material, options, NAME)
         self.optimizer = self._optimizer()
         self.done = 0
         self.silent_for: dict[str, Tensor] = {}
@@ -339,7 +342,7 @@ class Run:
         terms: dict[str, float] = {}
         # The gate learns from labels; here it stands open, so that atoms learn to be silent themselves. In
         # backward too: gradient checkpointing runs the forward again.
-        with override_gate(self.base, 1.0 if o.gated else None, NAME):
+        with override_gate(self.base, 1.0 if o.gated else None, NAME), self._prefix(step):
             for part in range(o.grad_accumulation):
                 losses = self._losses(self._micro(step, part))
                 l0 = losses.pop("l0")
@@ -353,6 +356,18 @@ class Run:
             for p in self.parameters():
                 p.grad = reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
         return terms
+
+    def _prefix(self, step: int) -> AbstractContextManager[None]:
+        """With `nested`, only the first atoms of each site take part; how many is drawn anew each step."""
+        if not self.options.nested:
+            return nullcontext()
+        share = torch.rand((), generator=generator_of(self.options, step)).item()
+        values = {}
+        for site, layer in atom_layers(self.base, NAME).items():
+            strength = torch.zeros(layer.r[NAME])
+            strength[: math.ceil(share * len(strength))] = 1
+            values[site] = strength
+        return strengths(self.base, values, NAME)
 
     def parameters(self) -> list[nn.Parameter]:
         """What the optimizer trains."""

@@ -35,6 +35,8 @@ class TrainOptions:
     """Atoms a site."""
     sparsifier: str = "relu"
     """How pre-codes become codes: relu, soft, topk, batch_topk, jumprelu, or dense (which is LoRA)."""
+    start: str = "random"
+    """Where encoders start: random, or data, which tells the concept's tokens from unrelated ones before step 1."""
     k: int | None = None
     """Atoms kept at a position, for topk and batch_topk; annealed from all over the first 40 % of the steps."""
     sites: tuple[str, ...] | None = None
@@ -51,6 +53,8 @@ class TrainOptions:
     """Weight on the size of codes times their atoms' norms, on the concept's pictures."""
     distill: float = 1.0
     """Weight on the squared difference to the base's prediction on unrelated pictures."""
+    nested: bool = False
+    """Train a random prefix of every dictionary each step, so that any share of the atoms works by itself."""
     dead: float = 0.0
     """Weight on waking atoms that have not fired for 50 steps."""
     gate: bool = True
@@ -101,6 +105,8 @@ class TrainOptions:
         for name in ("lr", "max_grad_norm"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise UserError(f"`{name}` must be above 0, got {getattr(self, name)}.")
+        if self.start not in ("random", "data"):
+            raise UserError(f"`start` must be random or data, got {self.start!r}.")
         if not math.isfinite(self.margin):
             raise UserError(f"`margin` must be a finite number, got {self.margin}.")
         if not 0 <= self.seed < 2**31:

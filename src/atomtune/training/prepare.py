@@ -88,8 +88,7 @@ def prepare(pipe: Any, backbone: Backbone, data: Path, options: TrainOptions, ru
         conditioning=conditioning,
         masks=masks,
         unrelated_latents=unrelated,
-        # No words, now and then: guidance leans on what the model paints without any.
-        unrelated_conditioning=encode(tuple("" if i % 8 == 7 else p for i, p in enumerate(painted))),
+        unrelated_conditioning=encode(spoken(painted)),
         gate_concept=encode(opening) if options.gated else {},
         gate_unrelated=encode(shutting) if options.gated else {},
         gate_held_out=encode(("", *held_out)) if options.gated else {},
@@ -136,6 +135,15 @@ def pictured(captions: tuple[str, ...], unrelated: tuple[str, ...], options: Tra
     # With few captions each is painted several times, every time from another noise.
     near = (near * number)[: number // 4]
     return (*near, *unrelated)[:number]
+
+
+def spoken(painted: tuple[str, ...]) -> tuple[str, ...]:
+    """What stands beside the base's pictures: their prompts, and for the last eighth, at least one, no words.
+
+    Guidance leans on what the model paints without words.
+    """
+    mute = -(-len(painted) // 8) if len(painted) > 1 else 0
+    return painted[: len(painted) - mute] + ("",) * mute
 
 
 def gate_prompts(
