@@ -104,7 +104,7 @@ def pull_the_plug() -> None:
         {},
         {"grad_accumulation": 2},
         {"sparsifier": "topk", "k": 1, "dead": 0.1, "sparsity": 0.01, "inner": 0.1, "prior": 0.1},
-        {"nested": True, "start": "data"},
+        {"nested": True, "data_start": True},
     ],
     ids=["plain", "accumulated", "every-term", "nested"],
 )

@@ -30,6 +30,15 @@ def test_options_survive_json() -> None:
     assert TrainOptions.from_json(TrainOptions().to_json()) == TrainOptions()
 
 
+def test_the_essence_leaves_out_what_is_off_and_nothing_else() -> None:
+    options = TrainOptions(concept="kite", distill=0.0, data_start=True)
+    essence = options.essence()
+    assert TrainOptions.from_dict(essence) == options
+    assert essence["distill"] == 0, "off, and not by default"
+    assert essence["silence"] == options.silence
+    assert "nested" not in essence
+
+
 def test_an_unknown_option_of_a_saved_run_is_an_error() -> None:
     with pytest.raises(UserError, match="Unknown option 'warp'"):
         TrainOptions.from_json('{"warp": 9}')

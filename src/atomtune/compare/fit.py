@@ -73,7 +73,8 @@ class Fit:
     @property
     def key(self) -> str:
         """What tells this training from every other."""
-        plain = dataclasses.asdict(self) | {"version": METHODS[self.method].version}
+        given = {"options": self.options.essence(), "version": METHODS[self.method].version}
+        plain = dataclasses.asdict(self) | given
         return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
 

@@ -76,7 +76,7 @@ class Grid:
             return [{}]
         return [
             {
-                "options": options_of(method, size, **self.options).to_dict(),
+                "options": options_of(method, size, **self.options).essence(),
                 "size": size,
                 "version": METHODS[name].version,
             }

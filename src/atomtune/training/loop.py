@@ -153,6 +153,7 @@ def attach_atoms(pipe: Any, backbone: Backbone, options: TrainOptions) -> None:
         n_atoms=options.n_atoms,
         sparsifier=options.sparsifier,
         k=options.k,
+        threshold=options.threshold,
         target_modules=list(options.sites or backbone.sites),
         gate_input=backbone.gate_input if options.gated else None,
         gate_mask=backbone.gate_mask if options.gated else None,
@@ -229,7 +230,7 @@ class Run:
         self.device = material.latents.device
         # float16 alone needs it: small gradients would vanish.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.mixed_precision == "fp16")
-        if options.start == "data":
+        if options.data_start:
             from_activations(self.base, backbone, material, options, NAME)
         self.optimizer = self._optimizer()
         self.done = 0

@@ -35,8 +35,10 @@ class TrainOptions:
     """Atoms a site."""
     sparsifier: str = "relu"
     """How pre-codes become codes: relu, soft, topk, batch_topk, jumprelu, or dense (which is LoRA)."""
-    start: str = "random"
-    """Where encoders start: random, or data, which tells the concept's tokens from unrelated ones before step 1."""
+    threshold: float = 1.0
+    """Where an atom starts to fire, in standard deviations of its pre-code."""
+    data_start: bool = False
+    """Start encoders from the data: they tell the concept's tokens from unrelated ones before step 1."""
     k: int | None = None
     """Atoms kept at a position, for topk and batch_topk; annealed from all over the first 40 % of the steps."""
     sites: tuple[str, ...] | None = None
@@ -105,10 +107,9 @@ class TrainOptions:
         for name in ("lr", "max_grad_norm"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) > 0):
                 raise UserError(f"`{name}` must be above 0, got {getattr(self, name)}.")
-        if self.start not in ("random", "data"):
-            raise UserError(f"`start` must be random or data, got {self.start!r}.")
-        if not math.isfinite(self.margin):
-            raise UserError(f"`margin` must be a finite number, got {self.margin}.")
+        for name in ("margin", "threshold"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"`{name}` must be a finite number, got {getattr(self, name)}.")
         if not 0 <= self.seed < 2**31:
             raise UserError(f"`seed` must be between 0 and {2**31 - 1}, got {self.seed}.")
         if self.mixed_precision not in ("no", "fp16", "bf16"):
@@ -134,6 +135,11 @@ class TrainOptions:
         """The options as plain values; `from_dict` reads them back."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), default=str))
         return plain
+
+    def essence(self) -> dict[str, Any]:
+        """`to_dict` without what is off: an option that is new, and off by default, does not change it."""
+        off = {f.name for f in dataclasses.fields(self) if not f.default}
+        return {name: value for name, value in self.to_dict().items() if value or name not in off}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainOptions:
