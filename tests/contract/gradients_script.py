@@ -19,12 +19,12 @@ pipe = open_pipeline(base)
 options = TrainOptions(
     concept="kite", n_atoms=4, batch_size=1, unrelated_pictures=2, grad_accumulation=int(accumulation)
 )
-loop._attach(pipe, backbone_of(pipe), options)
+loop.attach_atoms(pipe, backbone_of(pipe), options)
 torch.manual_seed(1)
 for parameter in (p for n, p in pipe.transformer.named_parameters() if n.endswith(".atoms")):
     torch.nn.init.normal_(parameter, std=0.1)  # so that encoders have gradients too
 material = prepare(pipe, backbone_of(pipe), Path(data), options, Path(out).with_suffix(""))
-with loop._training_mode(pipe.transformer, options):
+with loop.training_mode(pipe.transformer, options):
     run = loop.Run(pipe, backbone_of(pipe), material, options, Path(out).parent, processes)
     run.backward(0)
 if processes.is_main_process:

@@ -64,6 +64,9 @@ def test_an_unknown_option_of_a_saved_run_is_an_error() -> None:
         ("dead", -1.0),
         ("lr", 0.0),
         ("lr", math.nan),
+        ("threshold", math.nan),
+        ("inner", -1.0),
+        ("prior", math.inf),
         ("max_grad_norm", 0.0),
         ("margin", math.inf),
         ("mixed_precision", "fp8"),
@@ -288,3 +291,7 @@ def test_unrelated_pictures_are_sometimes_learned_without_words() -> None:
     assert spoken(prompts) == (*prompts[:14], "", "")
     assert spoken(prompts[:3]) == (*prompts[:2], "")
     assert spoken(prompts[:1]) == prompts[:1]
+
+
+def test_numbers_that_json_made_whole_are_floats_again() -> None:
+    assert isinstance(TrainOptions.from_dict({"threshold": 1}).threshold, float)

@@ -148,7 +148,10 @@ class TrainOptions:
         unknown = sorted(set(values) - known)
         if unknown:
             raise UserError(f"Unknown option {unknown[0]!r} in a saved run. Was it made by a newer atomtune?")
-        read = dict(values)
+        read: dict[str, Any] = dict(values)
+        for field in dataclasses.fields(cls):
+            if field.type == "float" and field.name in read:  # JSON knows no difference between 1 and 1.0
+                read[field.name] = float(read[field.name])
         for name in ("sites", "sample_prompts"):
             if read.get(name) is not None:
                 read[name] = tuple(read[name])
