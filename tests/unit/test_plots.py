@@ -148,8 +148,8 @@ def test_a_file_is_replaced_at_once_or_not_at_all(tmp_path: Path, monkeypatch: p
     path = tmp_path / "a.svg"
     path.write_text("before")
 
-    def stop(self: Any, where: Path, **rest: Any) -> None:
-        where.write_text("half")
+    def stop(self: Any, where: Any, **rest: Any) -> None:
+        where.write(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(Figure, "savefig", stop)

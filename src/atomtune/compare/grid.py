@@ -187,5 +187,7 @@ def _figures(summary: Sequence[Mapping[str, Any]], columns: Sequence[str], folde
     plots.trade_off(summary, "similarity", "alignment", folder / f"{name}-alignment.svg")
     if "drift" in columns:
         plots.trade_off(summary, "similarity", "drift", folder / f"{name}-drift.svg")
+    if any(e["knob"] not in ("full", "scale") for e in summary):
+        plots.sweep(summary, "knob_value", "similarity", folder / f"{name}-knobs.svg")
     if len({e.get("size") for e in summary}) > 2:  # the base, and more than one size
         plots.against_size(summary, "similarity", folder / f"{name}-size.svg")

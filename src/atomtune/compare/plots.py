@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ import numpy as np
 
 from atomtune.compare.tables import ARROWS, BY, MEASURES, Interval, Row, is_base, is_ours, mean_of
 from atomtune.errors import UserError
+from atomtune.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,7 +81,9 @@ def trade_off(summary: Iterable[Row], x: str, y: str, path: Path | str) -> Path:
             axes.plot(mean_of(entry, x), mean_of(entry, y), "*", color=INK, ms=12, mec="white", mew=0.6, zorder=7)
         look.legend(axes)
         _better(axes, MEASURES[x].direction, MEASURES[y].direction)
-        named = {look.name(entry): entry for entry in [*full, *base] if is_ours(entry) or is_base(entry)}
+        # Variants of a method lie close together: the legend has their names.
+        ours = [entry for entry in full if is_ours(entry) and ":" not in entry["method"]]
+        named = {look.name(entry): entry for entry in [*ours, *base]}
         _label(axes, {name: (mean_of(entry, x), mean_of(entry, y)) for name, entry in named.items()})
     return Path(path)
 
@@ -326,11 +329,7 @@ def _figure(path: Path | str) -> Iterator[Axes]:
 
 def _write(figure: Figure, path: Path) -> None:
     """Write the file, making its folder; another file there is replaced at once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     nameless: dict[str, Any] = {"Date": None, "Creator": "atomtune"} if path.suffix == ".svg" else {"Software": None}
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(unfinished, format=path.suffix[1:], dpi=DPI, metadata=nameless)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format=path.suffix[1:], dpi=DPI, metadata=nameless)
+    write_whole(path, drawn.getvalue())

@@ -12,9 +12,10 @@ def pixel_drift(base: UInt8[np.ndarray, "n h w 3"], adapted: UInt8[np.ndarray, "
 
 
 def drift(base: Float[np.ndarray, "n d"], adapted: Float[np.ndarray, "n d"]) -> Float[np.ndarray, " n"]:
-    """(1 - cos) / 2 between features of base and adapted pictures, as in PEFT's image benchmark."""
+    """(1 - cos) / 2 between features of base and adapted pictures, as in PEFT's image benchmark; 0 for equal ones."""
     norms = np.linalg.norm(base, axis=1) * np.linalg.norm(adapted, axis=1)
-    return np.clip(1 - (base * adapted).sum(1) / np.maximum(norms, 1e-12), 0, 2) / 2
+    found = np.clip(1 - (base * adapted).sum(1) / np.maximum(norms, 1e-12), 0, 2) / 2
+    return np.where((base == adapted).all(1), 0.0, found)
 
 
 def silence(base: UInt8[np.ndarray, "n h w 3"], adapted: UInt8[np.ndarray, "n h w 3"]) -> float:
