@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from atomtune.backbones import Backbone, base_name, denoiser
+from atomtune.backbones import Backbone, denoiser
 from atomtune.training import gating
 from atomtune.training.batch import draw, generator_of
-from atomtune.training.loop import NAME
+from atomtune.training.loop import NAME, attach_atoms
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import Material
-from atomtune.tuner import AtomConfig, atom_layers, attach, prompt_gate
+from atomtune.tuner import atom_layers, prompt_gate
 
 Factors = dict[str, tuple[Float[Tensor, "rank d_in"], Float[Tensor, "rank d_out"]]]
 """By site: what reads the input and what is added; their product is the update."""
@@ -47,22 +47,9 @@ def rotated(parts: Factors) -> Factors:
 def attach_factors(pipe: Any, backbone: Backbone, parts: Factors, options: TrainOptions, adapter: str = NAME) -> None:
     """Rank-one components as signed, dense atoms: the same outputs, with every dial that atoms have."""
     rank = len(next(iter(parts.values()))[0])
-    _attach(pipe, backbone, options, adapter, n_atoms=rank, sparsifier="dense", encoder_bias=False)
+    dense = {"n_atoms": rank, "k": None, "sparsifier": "dense", "normalize": False, "encoder_bias": False}
+    attach_atoms(pipe, backbone, options, adapter, **dense)
     _fill(denoiser(pipe), parts, adapter)
-
-
-def _attach(pipe: Any, backbone: Backbone, options: TrainOptions, adapter: str, **given: Any) -> None:
-    embeds = backbone.encode_prompts(pipe, [""])[backbone.gate_input]
-    config = AtomConfig(
-        normalize=False,
-        target_modules=list(options.sites or backbone.sites),
-        gate_input=backbone.gate_input if options.gated else None,
-        gate_mask=backbone.gate_mask if options.gated else None,
-        gate_dim=embeds.shape[-1] if options.gated else None,
-        base_model_name_or_path=base_name(pipe),
-        **given,
-    )
-    attach(denoiser(pipe), config, adapter)
 
 
 @torch.no_grad()
@@ -103,7 +90,8 @@ def attach_autoencoded(
     """
     seen = _inputs(pipe, backbone, material, parts, options)
     rank = len(next(iter(parts.values()))[0])
-    _attach(pipe, backbone, options, adapter, n_atoms=WIDTH * rank, sparsifier="relu")
+    given = {"n_atoms": WIDTH * rank, "k": None, "sparsifier": "relu", "normalize": False}
+    attach_atoms(pipe, backbone, options, adapter, **given)
     lost = []
     for site, layer in atom_layers(denoiser(pipe), adapter).items():
         down, up = parts[site]

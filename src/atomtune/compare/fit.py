@@ -98,13 +98,8 @@ class Tuned:
     adapter: Adapter | None = None
     rival: Rival | None = None
 
-    @contextmanager
-    def turned(self, knob: Knob) -> Iterator[None]:
+    def turned(self, knob: Knob) -> AbstractContextManager[Any]:
         """Inside, the knob is turned. Raises UserError where the method has no such knob."""
-        with self._turned(knob):
-            yield
-
-    def _turned(self, knob: Knob) -> AbstractContextManager[Any]:
         if knob.name == "full":
             return nullcontext()
         if self.rival is not None:

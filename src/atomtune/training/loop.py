@@ -146,22 +146,22 @@ def _say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
-def attach_atoms(pipe: Any, backbone: Backbone, options: TrainOptions) -> None:
-    """A fresh adapter, as the options want it."""
+def attach_atoms(pipe: Any, backbone: Backbone, options: TrainOptions, adapter: str = NAME, **instead: Any) -> None:
+    """A fresh adapter, as the options want it; `instead` are fields of its config that differ."""
     embeds = backbone.encode_prompts(pipe, [""])[backbone.gate_input]
-    config = AtomConfig(
-        n_atoms=options.n_atoms,
-        sparsifier=options.sparsifier,
-        k=options.k,
-        threshold=options.threshold,
-        target_modules=list(options.sites or backbone.sites),
-        gate_input=backbone.gate_input if options.gated else None,
-        gate_mask=backbone.gate_mask if options.gated else None,
-        gate_dim=embeds.shape[-1] if options.gated else None,
-        base_model_name_or_path=base_name(pipe),
-    )
+    fields: dict[str, Any] = {
+        "n_atoms": options.n_atoms,
+        "sparsifier": options.sparsifier,
+        "k": options.k,
+        "threshold": options.threshold,
+        "target_modules": list(options.sites or backbone.sites),
+        "gate_input": backbone.gate_input if options.gated else None,
+        "gate_mask": backbone.gate_mask if options.gated else None,
+        "gate_dim": embeds.shape[-1] if options.gated else None,
+        "base_model_name_or_path": base_name(pipe),
+    }
     torch.manual_seed(options.seed)
-    attach(denoiser(pipe), config, NAME)
+    attach(denoiser(pipe), AtomConfig(**fields | instead), adapter)
 
 
 def conclude(
