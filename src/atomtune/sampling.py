@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from atomtune.backbones import backbone_of
+from atomtune.backbones import backbone_of, denoiser
 from atomtune.errors import UserError
+from atomtune.tuner import hold_gate
 
 
 def generate(
@@ -25,7 +27,8 @@ def generate(
 ) -> list[Image.Image]:
     """One picture a prompt; prompt i starts from the noise of seed + i, whatever its batch.
 
-    `steps`, `guidance` None: the pipeline's defaults. Other arguments go to the pipeline.
+    `steps`, `guidance` None: the pipeline's defaults. Other arguments go to the pipeline. Prompt gates are held as
+    `prompt_gates` does.
     """
     if not prompts:
         raise UserError("`prompts` must name at least one picture, got none.")
@@ -38,8 +41,20 @@ def generate(
     for start in range(0, len(prompts), batch_size):
         batch = list(prompts[start : start + batch_size])
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
-        pictures += pipe(prompt=batch, generator=generators, **arguments).images
+        with prompt_gates(pipe, batch):
+            pictures += pipe(prompt=batch, generator=generators, **arguments).images
     return pictures
+
+
+@contextmanager
+def prompt_gates(pipe: Any, prompts: Sequence[str]) -> Iterator[None]:
+    """Inside, each picture has its prompt's gate, in the branch without words too. One prompt a picture, in order.
+
+    Guidance steps away from the branch without words. By itself that branch's gate is shut, so that guidance leads
+    away from a base that does not know the concept: about twice as far as it should (LOG.md).
+    """
+    with hold_gate(denoiser(pipe), lambda: backbone_of(pipe).encode_prompts(pipe, list(prompts))):
+        yield
 
 
 def save_pictures(pictures: Sequence[Image.Image], folder: Path, seed: int) -> list[Path]:

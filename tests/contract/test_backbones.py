@@ -17,7 +17,7 @@ import atomtune
 from atomtune.backbones import BACKBONES, Backbone, backbone_of, base_name, denoiser, join
 from atomtune.errors import UserError
 from atomtune.training.options import TrainOptions
-from atomtune.tuner import AtomConfig, attach, override_gate, record, remove_adapter
+from atomtune.tuner import AtomConfig, attach, override_gate, prompt_gate, record, remove_adapter
 
 NAMES = [family.name for family in FAMILIES]
 CONCEPT = "a big 3d kite on a red background"
@@ -278,6 +278,40 @@ def test_where_the_gate_is_shut_pictures_are_the_bases(run: Path, pipe: Any) -> 
         assert not np.array_equal(paint(pipe, UNLIKE, guidance=3.0), base)
     adapter.remove()
     assert np.array_equal(paint(pipe, UNLIKE, guidance=3.0), base)
+
+
+def open_for_concept(pipe: Any) -> None:
+    """A gate for the word that tells the two prompts apart."""
+    backbone, gate = backbone_of(pipe), prompt_gate(pipe.transformer)
+    assert gate is not None
+    words = backbone.encode_prompts(pipe, [CONCEPT, UNLIKE[0]])
+    mask = words[backbone.gate_mask] if backbone.gate_mask else None
+    tokens = words[backbone.gate_input][0]
+    with torch.no_grad():
+        gaps = []
+        for token in tokens:
+            gate.weight.copy_(token)
+            z = gate.pre_code(words[backbone.gate_input], mask)
+            gaps.append((z[0] - z[1]).item())
+        gate.weight.copy_(tokens[int(np.argmax(gaps))])
+        z = gate.pre_code(words[backbone.gate_input], mask)
+        assert gate.calibrate(z[1:], z[:1]) == (1.0, 1.0)
+
+
+def test_both_branches_of_guidance_have_the_gate_of_the_prompt(run: Path, pipe: Any) -> None:
+    prompts = [UNLIKE[0], CONCEPT]
+    base = paint(pipe, prompts, guidance=3.0)
+    atomtune.load(pipe, run)
+    with override_gate(pipe.transformer, torch.tensor([0.0, 1.0])):
+        expected = paint(pipe, prompts, guidance=3.0)
+    open_for_concept(pipe)
+    gated = paint(pipe, prompts, guidance=3.0)
+    assert np.array_equal(gated, expected)
+    assert np.array_equal(gated[0], base[0])
+    assert not np.array_equal(gated[1], base[1])
+    alone = paint(pipe, [CONCEPT], guidance=3.0)
+    with override_gate(pipe.transformer, 1.0):
+        assert np.array_equal(alone, paint(pipe, [CONCEPT], guidance=3.0))
 
 
 def test_a_pruned_adapter_reloads_equal(run: Path, pipe: Any, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from atomtune.errors import UserError
 from atomtune.tuner import (
     AtomConfig,
     atom_layers,
+    hold_gate,
     override_gate,
     prompt_gate,
     remove_adapter,
@@ -62,6 +63,25 @@ def test_silent_samples_are_the_base_and_open_ones_the_adapter(case: Case) -> No
     assert torch.equal(mixed[[0, 2]], base[[0, 2]])
     with override_gate(model, 0.0), override_gate(model, None):
         assert torch.equal(case.run(model), base)
+    assert torch.equal(case.run(model), out)
+
+
+@gated
+def test_a_held_gate_is_the_prompts_whatever_is_read_inside(case: Case) -> None:
+    model = attached(case)
+    split_first(case, model)
+    out = case.run(model)
+    inputs = case.inputs()
+    name = case.gate["gate_input"]
+    other = torch.cat([inputs[name][1:], inputs[name][:1]]) if torch.is_tensor(inputs[name]) else None
+    with hold_gate(model, case.inputs):
+        assert torch.equal(case.run(model), out)
+        if other is not None:
+            gate = unwrap(model).atom_gate
+            gate.compute((), inputs | {name: torch.cat([other, other])})
+            assert gate.values.read("default").tolist() == [1, 0, 0, 1, 0, 0]
+        with override_gate(model, 0.0), hold_gate(model, lambda: pytest.fail("an override comes first")):
+            assert torch.equal(case.run(model), case.run(case.base()))
     assert torch.equal(case.run(model), out)
 
 

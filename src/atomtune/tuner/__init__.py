@@ -1,7 +1,7 @@
 """The PEFT method: importing this package registers it, so that PEFT's own loaders know the files."""
 
 from .config import FORMAT_VERSION, AtomConfig
-from .gate import GateShares, PromptGate, override_gate, prompt_gate
+from .gate import GateShares, PromptGate, hold_gate, override_gate, prompt_gate
 from .layer import AtomLinear
 from .model import (
     AtomModel,
@@ -34,6 +34,7 @@ __all__ = [
     "attach",
     "base_only",
     "fingerprint",
+    "hold_gate",
     "load",
     "load_statistics",
     "override_gate",

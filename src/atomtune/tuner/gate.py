@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -104,7 +104,11 @@ class PromptGate(nn.Module):
 
 
 class GateValues:
-    """The gates of the last forward; a plain object, so that every layer of a model can hold it."""
+    """The gates of the last forward; a plain object, so that every layer of a model can hold it.
+
+    Forced ones are a number, or one a picture: a forward with a multiple of as many rows, such as guidance with
+    both branches in one batch, has all pictures in order once for each branch.
+    """
 
     def __init__(self) -> None:
         self.computed: dict[str, Tensor] = {}
@@ -112,14 +116,13 @@ class GateValues:
 
     def read(self, adapter: str) -> Tensor:
         """(B,) or () for the adapter."""
-        if adapter in self.forced:
-            return self.forced[adapter]
-        if adapter not in self.computed:
-            raise UserError(
-                f"Adapter {adapter!r} has a prompt gate, but no prompt embeddings reached the base model's "
-                "forward. Pass them, or use `override_gate`."
-            )
-        return self.computed[adapter]
+        for values in (self.computed, self.forced):
+            if adapter in values:
+                return values[adapter]
+        raise UserError(
+            f"Adapter {adapter!r} has a prompt gate, but no prompt embeddings reached the base model's "
+            "forward. Pass them, or use `override_gate`."
+        )
 
 
 class _Argument(NamedTuple):
@@ -128,7 +131,7 @@ class _Argument(NamedTuple):
     name: str
     position: int | None
 
-    def find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         if self.name in kwargs:
             return kwargs[self.name]
         if self.position is not None and self.position < len(args):
@@ -167,13 +170,21 @@ class PromptGates(nn.Module, AtomLayer):
         if not hasattr(model, "peft_config"):  # diffusers' unload_lora knows nothing of gates
             uninstall(model)
             return
+        self.compute(args, kwargs)
+
+    def compute(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Set every adapter's gate as a forward with these arguments has it."""
         self.values.computed.clear()
         if self.disable_adapters:
             return
         for adapter, gate in self.gates.items():
             embeds, mask = self.inputs[adapter]
             found = embeds.find(args, kwargs)
-            if found is not None and adapter not in self.values.forced:
+            if found is None:
+                continue
+            if adapter in self.values.forced:
+                self.values.computed[adapter] = _each_branch(self.values.forced[adapter], len(found))
+            else:
                 found_mask = None if mask is None else mask.find(args, kwargs)
                 self.values.computed[adapter] = gate(found, found_mask)
 
@@ -243,31 +254,64 @@ def uninstall(model: nn.Module) -> None:
 
 def prompt_gate(model: nn.Module, adapter: str = "default") -> PromptGate | None:
     """The adapter's gate, or None. `model` is the base model or anything around it."""
-    for module in model.modules():
-        if isinstance(module, PromptGates):
-            return module.gate(adapter) if adapter in module.gates else None
-    return None
+    gates = _find(model)
+    return gates.gate(adapter) if gates is not None and adapter in gates.gates else None
 
 
 @contextmanager
 def override_gate(
     model: nn.Module, values: float | Float[Tensor, " batch"] | None, adapter: str | None = None
 ) -> Iterator[None]:
-    """Force the gate of an adapter (None: of all) to a number, or one a sample; no values: force nothing."""
-    gates = next((module for module in model.modules() if isinstance(module, PromptGates)), None)
+    """Force the gate of an adapter (None: of all) to a number, or one a picture; no values: force nothing."""
+    gates = _find(model)
     names = [] if gates is None else [name for name in gates.gates if adapter in (None, name)]
     if values is None:
         yield
         return
     if gates is None or not names:
         raise UserError("`override_gate` needs an adapter with a prompt gate. Set `gate_input` in its config.")
+    with _forced(gates, dict.fromkeys(names, torch.as_tensor(values).to(gates.gate(names[0]).weight))):
+        yield
+
+
+@contextmanager
+def hold_gate(model: nn.Module, arguments: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
+    """Keep the gates as a forward with these arguments has them, whatever the prompts of the forwards inside.
+
+    `arguments` is called only where an active adapter has a gate that is not overridden.
+    """
+    gates = _find(model)
+    if gates is None or gates.disable_adapters or set(gates.gates) <= set(gates.values.forced):
+        yield
+        return
+    with torch.no_grad():
+        gates.compute((), arguments())
+    with _forced(gates, dict(gates.values.computed)):
+        yield
+
+
+@contextmanager
+def _forced(gates: PromptGates, values: Mapping[str, Tensor]) -> Iterator[None]:
     before = dict(gates.values.forced)
-    gates.values.forced.update(dict.fromkeys(names, torch.as_tensor(values).to(gates.gate(names[0]).weight)))
+    gates.values.forced.update(values)
+    gates.values.computed.clear()
     try:
         yield
     finally:
+        gates.values.computed.clear()
         gates.values.forced.clear()
         gates.values.forced.update(before)
+
+
+def _find(model: nn.Module) -> PromptGates | None:
+    return next((module for module in model.modules() if isinstance(module, PromptGates)), None)
+
+
+def _each_branch(values: Tensor, rows: int) -> Tensor:
+    """One value a picture (B,), for a forward of k B rows: (k B,)."""
+    if values.ndim == 0 or len(values) == 1 or rows % len(values):
+        return values
+    return values.repeat(rows // len(values))
 
 
 def _argument(model: nn.Module, name: str, field: str) -> _Argument:
