@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from atomtune.adapter import Adapter, load, save
     from atomtune.backbones import open_pipeline
     from atomtune.errors import UserError
-    from atomtune.sampling import generate
+    from atomtune.sampling import generate, prompt_gates
     from atomtune.training.loop import train
     from atomtune.training.options import TrainOptions
     from atomtune.tuner import AtomConfig
@@ -22,6 +22,7 @@ _HOMES = {
     "generate": "sampling",
     "load": "adapter",
     "open_pipeline": "backbones",
+    "prompt_gates": "sampling",
     "save": "adapter",
     "train": "training.loop",
 }
@@ -34,6 +35,7 @@ __all__ = [
     "generate",
     "load",
     "open_pipeline",
+    "prompt_gates",
     "save",
     "train",
 ]
