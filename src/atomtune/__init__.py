@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from atomtune.backbones import open_pipeline
     from atomtune.errors import UserError
     from atomtune.sampling import generate, prompt_gates
+    from atomtune.steering import Steer
     from atomtune.training.loop import train
     from atomtune.training.options import TrainOptions
     from atomtune.tuner import AtomConfig
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Adapter": "adapter",
     "AtomConfig": "tuner",
+    "Steer": "steering",
     "TrainOptions": "training.options",
     "UserError": "errors",
     "generate": "sampling",
@@ -30,6 +32,7 @@ _HOMES = {
 __all__ = [
     "Adapter",
     "AtomConfig",
+    "Steer",
     "TrainOptions",
     "UserError",
     "generate",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,16 @@ from atomtune import atoms as _atoms
 from atomtune import tuner
 from atomtune.atoms import Atom, Statistics
 from atomtune.errors import UserError
+from atomtune.steering import Steer, steered
+from atomtune.tuner.mixture import is_mixture, saved_parts
 
 
 class Atoms:
     """The atoms of an adapter, ranked by an importance formula."""
 
-    def __init__(self, adapter: Adapter, formula: str = "mean") -> None:
+    def __init__(self, adapter: Adapter, formula: str = "effect") -> None:
         self.adapter, self.formula = adapter, formula
-        self.ranked = _atoms.ranking(adapter.pipe, adapter.statistics, formula, adapter.name)
+        self.ranked = adapter.ranking(formula)
 
     def __len__(self) -> int:
         return len(self.ranked)
@@ -48,22 +50,27 @@ class Adapter:
 
     @property
     def atoms(self) -> Atoms:
-        """The atoms, by mean importance."""
+        """The atoms, by their effect on the subject."""
         return Atoms(self)
+
+    def ranking(self, formula: str) -> list[Atom]:
+        """Every atom, the most important first."""
+        return _atoms.ranking(self.pipe, self.statistics, formula, self.name)
 
     @contextmanager
     def using(
         self,
         density: float = 1.0,
         strength: float | dict[str, float] = 1.0,
-        formula: str = "mean",
+        formula: str = "effect",
         atoms: dict[str, float] | None = None,
+        steer: Sequence[Steer] = (),
     ) -> Iterator[Adapter]:
         """Turn the dials for a while.
 
         `density`: share of all atoms that take part, the most important first by `formula`; 0 gives the base's
         pictures, bit for bit. `strength`: a multiplier on the whole adapter, or a table of single atoms by name,
-        which `atoms` is too.
+        which `atoms` is too. `steer`: strengths that hold at some times, places or words; all of them multiply.
         """
         whole, single = (1.0, strength) if isinstance(strength, dict) else (strength, {})
         if not math.isfinite(whole):
@@ -71,24 +78,25 @@ class Adapter:
         ranked = self.atoms.by(formula).ranked
         values = _atoms.dialled(ranked, density, single | (atoms or {}))
         scaled = {site: value * whole for site, value in values.items()}
-        with _atoms.strengths(self.pipe, scaled, self.name):
+        with _atoms.strengths(self.pipe, scaled, self.name), steered(self.pipe, steer, ranked, self.name):
             yield self
 
-    def prune(self, keep: float | int, formula: str = "mean") -> int:
+    def prune(self, keep: float | int, formula: str = "effect") -> int:
         """Keep a share (a float in (0, 1]) or a number (an int) of the atoms for good; returns how many."""
         ranked = self.atoms.by(formula).ranked
         share = keep if isinstance(keep, float) and 0 < keep <= 1 else 0.0
         number = keep if isinstance(keep, int) else _atoms.count(share, len(ranked))
         if not 1 <= number <= len(ranked):
             raise UserError(f"`keep` must leave between 1 and {len(ranked)} atoms, got {keep}.")
-        rows = _atoms.kept(ranked, number)
-        tuner.prune(self.pipe, rows, self.name)
-        self.statistics = {
-            site: {name: tensor[rows[site]] for name, tensor in s.items()}
-            for site, s in self.statistics.items()
-            if len(rows[site])
-        }
-        return number
+        return self.keep(ranked[:number])
+
+    def keep(self, left: Sequence[Atom]) -> int:
+        """Keep only these of its atoms, at least one, for good; returns how many."""
+        if not left:
+            raise UserError(f"At least one atom of {self.name} must be left, got none. Keep more.")
+        rows = _atoms.kept([*left, *self.atoms], len(left))
+        self.statistics = _atoms.restrict(self.pipe, self.statistics, rows, self.name)
+        return len(left)
 
     def save(self, folder: str | Path, card: dict[str, Any] | None = None) -> Path:
         """Write the adapter, its statistics and a model card to a folder, whole or not at all."""
@@ -100,7 +108,11 @@ class Adapter:
 
 
 def load(pipe: Any, folder: str | Path, *, name: str = "default", allow_other_base: bool = False) -> Adapter:
-    """Attach the adapter saved in a folder (a run's folder too) to a pipeline."""
+    """Attach the adapter saved in a folder (a run's folder too) to a pipeline; a mixture's parts keep their names."""
+    if is_mixture(folder):
+        from atomtune.mix import mix  # which builds on this module
+
+        return mix(pipe, *saved_parts(folder), allow_other_base=allow_other_base)
     tuner.load(pipe, folder, name, allow_other_base=allow_other_base)
     return Adapter(pipe, tuner.load_statistics(folder), name)
 
@@ -112,7 +124,8 @@ def save(adapter: Adapter, folder: str | Path, **card: Any) -> Path:
 
 def base_of(folder: str | Path) -> str | None:
     """The base that a saved adapter names, if it names one."""
-    path = Path(folder) / "adapter_config.json"
+    first = next(iter(saved_parts(folder)[0].values())) if is_mixture(folder) else folder
+    path = Path(first) / "adapter_config.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no adapter: adapter_config.json is missing.")
     try:

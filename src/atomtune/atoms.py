@@ -1,4 +1,4 @@
-"""Atoms as things: what each one does, how they rank, and which take part."""
+"""Atoms as things: what each one does, how they rank, which take part, and what became of them in another adapter."""
 
 from __future__ import annotations
 
@@ -8,21 +8,28 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from atomtune.backbones import Backbone, Conditioning, select
+from atomtune.effect import effects
 from atomtune.errors import UserError
 from atomtune.sparse import CodeStatistics
-from atomtune.tuner import adapter_config, atom_layers, base_only, override_gate, prune, record, unwrap
+from atomtune.tuner import AtomConfig, adapter_config, atom_layers, base_only, override_gate, prune, record, unwrap
+from atomtune.tuner.mixture import same_base
+from atomtune.tuner.notes import Notes, notes
+from atomtune.tuner.store import read
 
 Statistics = dict[str, dict[str, Tensor]]
 """By site and name, one number an atom (`by_time`: one an atom and time bucket)."""
 
 FORMULAS = {
+    "effect": "change of the prediction on the subject if the atom were out, to first order",
     "mean": "mean over positions of code x ||D||",
     "mean_when_active": "mean over the positions where it fires of code x ||D||",
     "maximum": "largest code x ||D||",
@@ -33,7 +40,7 @@ FORMULAS = {
 CHUNK = 4
 """Pictures that are measured at once."""
 
-_NAME = re.compile(r"L(\d+)\[(\d+)\]")
+_NAME = re.compile(r"(?:[\w-]+/)?L\d+\[\d+\]")
 
 
 @dataclass(frozen=True)
@@ -53,10 +60,24 @@ class Atom:
     """Share of positions where it fires."""
     purity: float
     """Share of its energy on the subject; NaN where unknown."""
+    label: str = ""
+    """What someone called it: it is found by that too."""
+    note: str = ""
+    """What someone wrote of it."""
+    part: str = ""
+    """The part of a mixture that it belongs to; its name then begins with it, as in `style/L17[137]`."""
 
     @property
     def name(self) -> str:
-        return f"L{self.site}[{self.id}]"
+        return self._within(f"L{self.site}[{self.id}]")
+
+    @property
+    def called(self) -> str:
+        """Its label, or its name where it has none."""
+        return self._within(self.label) if self.label else self.name
+
+    def _within(self, word: str) -> str:
+        return f"{self.part}/{word}" if self.part else word
 
     @property
     def dead(self) -> bool:
@@ -87,19 +108,32 @@ def measure(
     """
     base = unwrap(model)
     layers = atom_layers(base, adapter)
-    collected = {site: CodeStatistics(layer.r[adapter]) for site, layer in layers.items()}
+    collected = {site: _unseen(layer.r[adapter]) for site, layer in layers.items()}
     generator = torch.Generator().manual_seed(seed)
     moments = [t for t in times for _ in range(repeats)]
+    subject = []
     # A few pictures at a time: the codes of all their passes are held until the subject is known.
     for chosen in torch.arange(len(latents)).split(CHUNK):
         part = None if masks is None else masks[chosen]
         given = select(conditioning, chosen)
-        _collect(collected, base, backbone, latents[chosen], given, adapter, part, moments, generator)
-    return {site: _tensors(s, layers[site], adapter) for site, s in collected.items()}
+        subject.append(_collect(collected, base, backbone, latents[chosen], given, adapter, part, moments, generator))
+    change = effects(base, backbone, latents, conditioning, torch.cat(subject), adapter=adapter, times=times, seed=seed)
+    return {site: _tensors(s, layers[site], adapter) | change[site] for site, s in collected.items()}
+
+
+class Seen(NamedTuple):
+    """What a site's atoms did at all real positions, and at those of the picture, where the subject is known."""
+
+    everywhere: CodeStatistics
+    picture: CodeStatistics
+
+
+def _unseen(atoms: int) -> Seen:
+    return Seen(CodeStatistics(atoms), CodeStatistics(atoms))
 
 
 def _collect(
-    collected: dict[str, CodeStatistics],
+    collected: dict[str, Seen],
     base: nn.Module,
     backbone: Backbone,
     latents: Tensor,
@@ -108,8 +142,8 @@ def _collect(
     masks: Tensor | None,
     times: Sequence[float],
     generator: torch.Generator,
-) -> None:
-    """Add what the atoms do on some pictures, noised once for each of `times`."""
+) -> Float[Tensor, "batch tokens"]:
+    """Add what the atoms do on some pictures, noised once for each of `times`; returns where the subject is."""
     rows, columns = backbone.grid(base, latents)
     passes = []
     for time in times:
@@ -121,14 +155,15 @@ def _collect(
     if masks is None:
         total = torch.stack([difference for _, _, difference in passes]).mean(0)
         masks = (total > 0.5 * total.quantile(0.98, dim=1, keepdim=True)).float()
-    for site, statistics in collected.items():
+    for site, seen in collected.items():
         layout = backbone.layout(site, conditioning, rows * columns)
         for i in range(len(latents)):
-            image = layout.image[i]
-            at = image if image.any() else layout.real[i]
-            share = masks[i : i + 1].to(image.device) if image.any() else None
+            real, image = layout.real[i], layout.image[i]
             for s, codes, _ in passes:
-                statistics.update(codes[site][i : i + 1, at], time=s[i : i + 1], mask=share)
+                seen.everywhere.update(codes[site][i : i + 1, real], time=s[i : i + 1])
+                if image.any():
+                    seen.picture.update(codes[site][i : i + 1, image], mask=masks[i : i + 1].to(image.device))
+    return masks
 
 
 def noised_pass(
@@ -150,12 +185,11 @@ def noised_pass(
     return x, s, predicted, {site: calls[-1] for site, calls in recording.codes.items()}
 
 
-def _tensors(statistics: CodeStatistics, layer: Any, adapter: str) -> dict[str, Tensor]:
-    norms = layer.dictionary(adapter).atoms.detach().norm(dim=1).double().cpu()
-    found = {
-        name: getattr(statistics, name).float() for name in ("density", "mean", "mean_when_active", "maximum", "purity")
-    }
-    return found | {"by_time": statistics.by_time.float().T.contiguous(), "norm": norms.float()}
+def _tensors(seen: Seen, layer: Any, adapter: str) -> dict[str, Tensor]:
+    found = {name: getattr(seen.everywhere, name) for name in ("density", "mean", "mean_when_active", "maximum")}
+    found |= {"purity": seen.picture.purity, "by_time": seen.everywhere.by_time.T.contiguous()}
+    found["norm"] = layer.dictionary(adapter).atoms.detach().norm(dim=1).double().cpu()
+    return {name: values.float() for name, values in found.items()}
 
 
 def per_token(values: Tensor, rows: int, columns: int) -> Float[Tensor, "batch tokens"]:
@@ -168,27 +202,29 @@ def per_token(values: Tensor, rows: int, columns: int) -> Float[Tensor, "batch t
 # --------------------------------------------------------------------------------------------------- rank
 
 
-def ranking(model: Any, statistics: Statistics, formula: str = "mean", adapter: str = "default") -> list[Atom]:
+def ranking(model: Any, statistics: Statistics, formula: str = "effect", adapter: str = "default") -> list[Atom]:
     """Every atom of the adapter, the most important first. Raises UserError on an unknown formula."""
     if formula not in FORMULAS:
         raise UserError(f"`formula` must be one of {', '.join(FORMULAS)}, got {formula!r}.")
-    sites = adapter_config(model, adapter).sites or []
+    sites, noted = adapter_config(model, adapter).sites or [], notes(model, adapter)
     found = []
     for path, layer in atom_layers(model, adapter).items():
         if path not in statistics:
             raise UserError(f"The adapter has no statistics at {path}: it was saved without them. Train again.")
         s = statistics[path]
         values = _importance(s, formula)
+        site = sites.index(path)
         for row, number in enumerate(layer.dictionary(adapter).atom_ids.tolist()):
             found.append(
                 Atom(
-                    site=sites.index(path),
+                    site=site,
                     id=number,
                     path=path,
                     row=row,
                     importance=values[row].item(),
                     density=s["density"][row].item(),
                     purity=s["purity"][row].item(),
+                    **noted.get(f"L{site}[{number}]", {}),
                 )
             )
     return sorted(found, key=lambda a: (-a.importance, a.site, a.id))
@@ -196,14 +232,13 @@ def ranking(model: Any, statistics: Statistics, formula: str = "mean", adapter: 
 
 def _importance(s: dict[str, Tensor], formula: str) -> Tensor:
     values = s[formula].nan_to_num(0)
-    return values if formula == "purity" else values * s["norm"]
+    return values if formula in ("effect", "purity") else values * s["norm"]
 
 
 def order_by_importance(model: Any, statistics: Statistics, adapter: str = "default") -> Statistics:
     """Put each dictionary's most important atoms first; returns the statistics in the new order."""
-    order = {site: _importance(s, "mean").argsort(descending=True, stable=True) for site, s in statistics.items()}
-    prune(model, order, adapter)
-    return {site: {name: t[order[site]] for name, t in s.items()} for site, s in statistics.items()}
+    order = {site: _importance(s, "effect").argsort(descending=True, stable=True) for site, s in statistics.items()}
+    return restrict(model, statistics, order, adapter)
 
 
 def count(density: float, total: int) -> int:
@@ -221,16 +256,22 @@ def kept(ranked: Sequence[Atom], number: int) -> dict[str, Tensor]:
     return {path: torch.tensor(sorted(chosen), dtype=torch.long) for path, chosen in rows.items()}
 
 
+def restrict(model: Any, statistics: Statistics, rows: Mapping[str, Tensor], adapter: str = "default") -> Statistics:
+    """Keep only these rows at each site, in that order, for good; returns the statistics of what is left."""
+    prune(model, dict(rows), adapter)
+    return {site: {name: t[rows[site]] for name, t in s.items()} for site, s in statistics.items() if len(rows[site])}
+
+
 def find(ranked: Sequence[Atom], name: str) -> Atom:
-    """The atom of that name (`L17[137]`). Raises UserError, with close names, where there is none."""
-    match = _NAME.fullmatch(name.strip())
-    if match is None:
-        raise UserError(f"An atom is named like L17[137], got {name!r}.")
-    for atom in ranked:
-        if (atom.site, atom.id) == (int(match[1]), int(match[2])):
-            return atom
-    close = difflib.get_close_matches(name, [a.name for a in ranked], n=3)
+    """The atom of that name (`L17[137]`) or label. Raises UserError, with close names, where there is none."""
+    wanted = name.strip()
+    known = {a.called: a for a in ranked} | {a.name: a for a in ranked}
+    if wanted in known:
+        return known[wanted]
+    close = difflib.get_close_matches(wanted, known, n=3)
     hint = f" Close: {', '.join(close)}." if close else ""
+    if _NAME.fullmatch(wanted) is None:
+        raise UserError(f"An atom is named like L17[137], or as it was labelled, got {name!r}.{hint}")
     raise UserError(f"The adapter has no atom {name}.{hint}")
 
 
@@ -269,3 +310,103 @@ def dialled(
         atom = find(ranked, name)
         values[atom.path][atom.row] = value
     return values
+
+
+# ----------------------------------------------------------------------------------------------------- diff
+
+SETTINGS = ("sparsifier", "k", "threshold", "encoder", "steps", "normalize", "encoder_bias")
+"""Entries of the config that change what the same tensors compute."""
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Match:
+    """An atom of A, and the atom of B that it is now or that is likest to it."""
+
+    kind: str
+    """shared (equal bit for bit), changed, only A or only B."""
+    path: str
+    a: str | None
+    b: str | None
+    likeness: float | None
+    """Cosine of the rank-one maps encoder x atom, which is the product of both cosines; to the likest one there is,
+    where there is none that it is."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What two adapters of one base differ in."""
+
+    by: str
+    """How atoms were matched: by `id`, or by `likeness` where they were trained apart and ids mean nothing."""
+    settings: dict[str, tuple[Any, Any]]
+    """Entries of the config that are not the same."""
+    gate: str
+    """none, shared, changed, only A or only B."""
+    matches: list[Match]
+
+
+def diff(a: str | Path, b: str | Path, alike: float = 0.5) -> Difference:
+    """What became of each atom of a saved adapter in another; needs no base. Raises UserError on different bases.
+
+    Matched by id where most atoms are likest to the one of their id; else those that are each other's likest, down to
+    a likeness of `alike`.
+    """
+    (first, left, noted), (second, right, other_noted) = read(a), read(b)
+    same_base({str(a): first, str(b): second})
+    gate = _kind(left.pop("atom_gate", {}), right.pop("atom_gate", {}))
+    tables = {path: _likeness(left[path], right[path], first.sparsifier == "dense") for path in left if path in right}
+    ids = {path: _same_ids(left[path], right[path]) for path in tables}
+    hits = [bool(tables[path][i].argmax() == j) for path, pairs in ids.items() for i, j in pairs]
+    by_id = sum(hits) * 2 > len(hits)
+    pairs = ids if by_id else {path: _likest(table, alike) for path, table in tables.items()}
+    matches = []
+    for path in dict.fromkeys([*(first.sites or []), *(second.sites or [])]):
+        mine, theirs = _names(first, path, left, noted), _names(second, path, right, other_noted)
+        for i, j in pairs.get(path, []):
+            kind = _kind(_row(left[path], i), _row(right[path], j))
+            matches.append(Match(kind, path, mine.pop(i), theirs.pop(j), tables[path][i, j].item()))
+        best = [tables[path].amax(dim).tolist() for dim in (1, 0)] if path in tables else None
+        matches += [Match("only A", path, name, None, best[0][i] if best else None) for i, name in mine.items()]
+        matches += [Match("only B", path, None, name, best[1][j] if best else None) for j, name in theirs.items()]
+    settings = {name: (getattr(first, name), getattr(second, name)) for name in SETTINGS}
+    settings = {name: pair for name, pair in settings.items() if pair[0] != pair[1]}
+    return Difference("id" if by_id else "likeness", settings, gate, matches)
+
+
+def _likeness(a: Tensors, b: Tensors, signed: bool) -> Float[Tensor, "a b"]:
+    """<e d', f g'> / (|e d'| |f g'|) = cos(e, f) cos(d, g); but an encoder turned round reads something else."""
+    read_by, written = (
+        normalize(a[name].double(), dim=1) @ normalize(b[name].double(), dim=1).T for name in ("encoder", "atoms")
+    )
+    return (read_by if signed else read_by.clamp_min(0)) * written
+
+
+def _same_ids(a: Tensors, b: Tensors) -> list[tuple[int, int]]:
+    at = {number: j for j, number in enumerate(b["atom_ids"].tolist())}
+    return [(i, at[number]) for i, number in enumerate(a["atom_ids"].tolist()) if number in at]
+
+
+def _likest(likeness: Float[Tensor, "a b"], alike: float) -> list[tuple[int, int]]:
+    """Pairs of which each is the other's likest."""
+    to, back = likeness.argmax(1).tolist(), likeness.argmax(0).tolist()
+    return [(i, j) for i, j in enumerate(to) if back[j] == i and likeness[i, j] >= alike]
+
+
+def _names(config: AtomConfig, path: str, tensors: dict[str, Tensors], noted: Notes) -> dict[int, str]:
+    """Labels or names of a site's atoms, by row."""
+    ids = tensors[path]["atom_ids"].tolist() if path in tensors else []
+    names = [f"L{(config.sites or []).index(path)}[{number}]" for number in ids]
+    return {row: noted.get(name, {}).get("label", name) for row, name in enumerate(names)}
+
+
+def _row(tensors: Tensors, row: int) -> Tensors:
+    """All that an atom is; what its whole site shares is no part of it."""
+    return {name: t[row] for name, t in tensors.items() if t.ndim and name != "atom_ids"}
+
+
+def _kind(a: Tensors, b: Tensors) -> str:
+    if not a or not b:
+        return "only A" if a else "only B" if b else "none"
+    return "shared" if a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a) else "changed"

@@ -218,7 +218,7 @@ def _report(
         command=command,
         facts=_facts(full, len(pictures["asked"])),
         strips=_strips(subject, rows, pictures, out),
-        formula=FORMULAS["mean"],
+        formula=FORMULAS["effect"],
         atoms=tuple(
             AtomRow(
                 atom=a.name,

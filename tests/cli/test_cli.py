@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 import atomtune
-from atomtune.cli import COMMANDS, main
+from atomtune.cli import COMMANDS, FILES, main
 from atomtune.training import checkpoints
 from atomtune.training.loop import Run
 
@@ -77,7 +77,7 @@ def test_every_field_of_a_command_is_in_its_help(capsys: pytest.CaptureFixture) 
     for name in COMMANDS:
         assert main([name, "--help"]) == 0
         shown = capsys.readouterr().out
-        for field in dataclasses.fields(importlib.import_module(f"atomtune.cli.{name}").Command):
+        for field in dataclasses.fields(importlib.import_module(f"atomtune.cli.{FILES.get(name, name)}").Command):
             positional = field.name in ("adapter", "prompts")
             assert positional or field.name == "options" or f"--{field.name.replace('_', '-')}" in shown, field.name
 
@@ -115,7 +115,7 @@ def test_train_atoms_prune_generate(train: Train, runs: Path, tmp_path: Path, ca
     head, *rows = out.splitlines()
     assert head.split()[0] == "atom"
     assert len(rows) == 3
-    assert "importance: mean over positions of code x ||D||" in err
+    assert "importance: change of the prediction on the subject" in err
 
     assert main(["atoms", str(run), "--top", "1000", "--json", "--formula", "purity"]) == 0
     ranked = json.loads(capsys.readouterr().out)
@@ -152,7 +152,7 @@ def test_train_atoms_prune_generate(train: Train, runs: Path, tmp_path: Path, ca
         (["generate", str(run), "a kite", "--strength", "nan"], "`strength` must be a finite number"),
         (["generate", str(run)], "`prompts` must name at least one picture"),
         (["generate", str(run), "a kite", "--device", "warp"], "`device` must be one that torch has here"),
-        (["atoms", str(run), "--formula", "best"], "`formula` must be one of mean,"),
+        (["atoms", str(run), "--formula", "best"], "`formula` must be one of effect,"),
         (["atoms", str(run), "--top", "0"], "`top` must be at least 1"),
         (["atoms", str(tmp_path)], "holds no adapter: adapter_config.json is missing"),
         (["prune", str(run), "--out", str(tmp_path / "x")], "`keep` or `count` must be given"),

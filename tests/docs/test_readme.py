@@ -18,6 +18,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALLER = {
     "train": ["--steps", "2", "--n-atoms", "4", "--batch-size", "1", "--unrelated-pictures", "2"],
     "generate": ["--steps", "2"],
+    "export": ["--rank", "2"],
+    "import": ["--exact"],
 }
 """What is added to a command to make it quick; nothing of it is taken away."""
 
@@ -51,7 +53,8 @@ def test_every_command_and_every_piece_of_code_runs(
             assert words[0] == "atomtune"
             assert main([*words[1:], *SMALLER.get(words[1], [])]) == 0, capsys.readouterr().err
             seen.append(words[1])
-    assert seen == ["train", "atoms", "generate", "prune"]
+    first = ["train", "atoms", "generate", "prune"]
+    assert seen == [*first, "atoms", "generate", "surgery", "diff", "export", "import"]
     assert list((workplace / "pictures").glob("*.png"))
     for code in blocks("python"):
         exec(compile(code, "README.md", "exec"), {})

@@ -61,7 +61,7 @@ def measured(pipe: Any, latents: torch.Tensor, **more: Any) -> dict[str, dict[st
 
 
 def test_measure_is_a_loop_over_positions(pipe: Any, latents: torch.Tensor) -> None:
-    """Image positions where a site has them, real text positions where not; padding never counts."""
+    """Real positions, of words too; purity is of the picture's. Padding never counts."""
     masks = torch.rand(2, 64, generator=torch.Generator().manual_seed(1))
     found = measured(pipe, latents, masks=masks)
     backbone = backbone_of(pipe)
@@ -69,6 +69,7 @@ def test_measure_is_a_loop_over_positions(pipe: Any, latents: torch.Tensor) -> N
     lengths = conditioning["encoder_attention_mask"].sum(1).tolist()
     assert lengths[0] != lengths[1]
     seen: dict[str, list[torch.Tensor]] = {site: [] for site in SITES}
+    placed: dict[str, list[torch.Tensor]] = {site: [] for site in SITES}
     weights: dict[str, list[torch.Tensor]] = {site: [] for site in SITES}
     generator = torch.Generator().manual_seed(0)
     for time in TIMES:
@@ -79,7 +80,8 @@ def test_measure_is_a_loop_over_positions(pipe: Any, latents: torch.Tensor) -> N
         for site, (codes,) in recording.codes.items():
             for i, length in enumerate(lengths):
                 first, last = {"l": (length, length + 64), "n": (0, 64), "c": (0, length)}[site[0]]
-                seen[site].append(codes[i, first:last].double())
+                seen[site].append(codes[i, :last].double())
+                placed[site].append(codes[i, first:last].double())
                 weights[site].append(masks[i].double())
     for site in SITES:
         codes, statistics = torch.cat(seen[site]), found[site]
@@ -94,7 +96,7 @@ def test_measure_is_a_loop_over_positions(pipe: Any, latents: torch.Tensor) -> N
         if site.startswith("c"):
             assert statistics["purity"].isnan().all()
             continue
-        energy, subject = codes.square(), torch.cat(weights[site])[:, None]
+        energy, subject = torch.cat(placed[site]).square(), torch.cat(weights[site])[:, None]
         on, off = ((energy * w).sum(0) / w.sum() for w in (subject, 1 - subject))
         assert torch.allclose(statistics["purity"][:4], (on / (on + off))[:4].float(), atol=1e-5)
         assert statistics["by_time"].shape == (5, 8)
@@ -130,14 +132,14 @@ def test_ranking_is_by_the_formula(pipe: Any, latents: torch.Tensor, formula: st
     assert [a.importance for a in ranked] == sorted((a.importance for a in ranked), reverse=True)
     for atom in ranked:
         s = statistics[atom.path]
-        value = s[formula][atom.row].nan_to_num(0) * (1 if formula == "purity" else s["norm"][atom.row])
+        value = s[formula][atom.row].nan_to_num(0) * (1 if formula in ("effect", "purity") else s["norm"][atom.row])
         assert atom.importance == value.item()
         assert atom.dead == (s["density"][atom.row] == 0)
     assert sum(a.dead for a in ranked) == 3
 
 
 def test_an_unknown_formula_is_an_error(pipe: Any) -> None:
-    with pytest.raises(UserError, match=r"`formula` must be one of mean, .*got 'median'"):
+    with pytest.raises(UserError, match=r"`formula` must be one of effect, .*got 'median'"):
         ranking(pipe, {}, "median")
 
 

@@ -104,9 +104,9 @@ def pull_the_plug() -> None:
         {},
         {"grad_accumulation": 2},
         {"sparsifier": "topk", "k": 1, "dead": 0.1, "sparsity": 0.01, "inner": 0.1, "prior": 0.1},
-        {"nested": True, "data_start": True},
+        {"nested": False, "data_start": True},
     ],
-    ids=["plain", "accumulated", "every-term", "nested"],
+    ids=["plain", "accumulated", "every-term", "data-start"],
 )
 @pytest.mark.parametrize("stop", [press_ctrl_c, pull_the_plug], ids=["ctrl-c", "cut-off"])
 def test_three_stops_change_nothing(

@@ -36,7 +36,7 @@ def test_the_essence_leaves_out_what_is_off_and_nothing_else() -> None:
     assert TrainOptions.from_dict(essence) == options
     assert essence["distill"] == 0, "off, and not by default"
     assert essence["silence"] == options.silence
-    assert "nested" not in essence
+    assert "prior" not in essence
 
 
 def test_an_unknown_option_of_a_saved_run_is_an_error() -> None:

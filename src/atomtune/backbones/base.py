@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +11,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+from atomtune.errors import UserError
 
 Conditioning = dict[str, Tensor]
 """What the model is told beside the latents, each tensor with the batch first."""
@@ -47,15 +51,36 @@ class Backbone:
     """(model, latents) -> rows and columns of picture tokens."""
     layout: Callable[[str, Conditioning, int], Layout]
     """(site, conditioning, number of picture tokens) -> where the site's positions lie."""
+    clock: Callable[[Tensor], Tensor]
+    """The forward's argument `timestep` -> s."""
+    word_tokens: Callable[[Any, str, str], list[int]]
+    """(pipe, prompt, words) -> which of its tokens spell the words. Raises UserError where the prompt lacks them."""
     density: str = "logit_normal"
     """How training draws `s`: a key of `training.objective.DENSITIES`."""
     call: Callable[[Any, list[str]], dict[str, Any]] = lambda pipe, prompts: {}
     """(pipe, prompts) -> further arguments of the pipeline's call; they may change its speed, not its picture."""
 
 
+def spelling(tokenizer: Any, text: str, words: str, start: int = 0) -> list[int]:
+    """Which tokens of a text spell these words, in any case and spacing, from the character `start` on.
+
+    Raises UserError where the words are not there.
+    """
+    pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, words.split())) + r"(?!\w)"
+    spans = [match.span() for match in re.compile(pattern, re.IGNORECASE).finditer(text, start)]
+    if not spans:
+        close = difflib.get_close_matches(words, re.findall(r"\w+", text[start:]), n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"`words` must be in every prompt, got {words!r} for {text[start:]!r}.{hint}")
+    tokens = tokenizer(text, return_offsets_mapping=True).offset_mapping
+    return [i for i, (a, b) in enumerate(tokens) if any(a < end and b > begin for begin, end in spans)]
+
+
 def denoiser(pipe: Any) -> nn.Module:
     """The network of a pipeline that is adapted."""
-    model = getattr(pipe, "transformer", None) or pipe.unet
+    model = getattr(pipe, "transformer", None)
+    if model is None:  # not `or`: a compiled model has no truth
+        model = pipe.unet
     assert isinstance(model, nn.Module)
     return model
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atomtune.backbones.base import Backbone, Conditioning, Layout
+from atomtune.backbones.base import Backbone, Conditioning, Layout, spelling
 
 
 @torch.no_grad()
@@ -47,6 +47,15 @@ def layout(site: str, conditioning: Conditioning, tokens: int) -> Layout:
     return Layout(real=real, image=real & (at >= lengths))
 
 
+def clock(timestep: Tensor) -> Tensor:
+    return 1 - timestep
+
+
+def word_tokens(pipe: Any, prompt: str, words: str) -> list[int]:
+    text = f"{pipe.system_prompt} <Prompt Start> {prompt}"
+    return spelling(pipe.tokenizer, text, words, start=len(text) - len(prompt))
+
+
 def call(pipe: Any, prompts: list[str]) -> dict[str, Any]:
     """A text length just long enough, in steps of 32: padding is masked, but it is computed."""
     texts = [f"{pipe.system_prompt} <Prompt Start> {prompt}" for prompt in prompts]
@@ -64,5 +73,7 @@ BACKBONE = Backbone(
     predict=predict,
     grid=grid,
     layout=layout,
+    clock=clock,
+    word_tokens=word_tokens,
     call=call,
 )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atomtune.backbones.base import Backbone, Conditioning, Layout
+from atomtune.backbones.base import Backbone, Conditioning, Layout, spelling
 
 TEXT_SITES = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out", "ff_context")
 
@@ -42,6 +42,17 @@ def layout(site: str, conditioning: Conditioning, tokens: int) -> Layout:
     return Layout(real=real, image=torch.zeros_like(real) if text else real)
 
 
+def clock(timestep: Tensor) -> Tensor:
+    return timestep / 1000
+
+
+def word_tokens(pipe: Any, prompt: str, words: str) -> list[int]:
+    """CLIP's tokens, cut at its length, then T5's."""
+    length = pipe.tokenizer_max_length
+    clip = [at for at in spelling(pipe.tokenizer, prompt, words) if at < length - 1]
+    return clip + [length + at for at in spelling(pipe.tokenizer_3, prompt, words)]
+
+
 BACKBONE = Backbone(
     family="SD3",
     sites=("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
@@ -52,4 +63,6 @@ BACKBONE = Backbone(
     predict=predict,
     grid=grid,
     layout=layout,
+    clock=clock,
+    word_tokens=word_tokens,
 )

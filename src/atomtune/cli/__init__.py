@@ -13,9 +13,16 @@ COMMANDS = {
     "generate": "Paint pictures with an adapter, its dials turned as you say.",
     "atoms": "Rank the atoms of an adapter.",
     "prune": "Keep the most important atoms for good.",
+    "surgery": "Keep or drop single atoms for good, label them, and write notes beside them.",
+    "mix": "Put adapters side by side, to be used like one; or list which of their atoms conflict.",
+    "diff": "Say what became of the atoms of one adapter in another.",
+    "export": "Write the LoRA that is nearest to an adapter, for diffusers and PEFT.",
+    "import": "Turn a LoRA into atoms, to see, rank and prune them.",
     "compare": "Measure methods against each other on the embedded world.",
 }
 
+FILES = {"import": "imported"}
+"""Modules of commands whose names a module can't have."""
 
 _given: list[str] = []
 
@@ -58,7 +65,7 @@ def _run(name: str, arguments: list[str]) -> int:
     # Optional kernels that are missing here are no news to a user.
     for quiet in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):
         logging.getLogger(quiet).setLevel(logging.ERROR)
-    module = importlib.import_module(f"atomtune.cli.{name}")
+    module = importlib.import_module(f"atomtune.cli.{FILES.get(name, name)}")
     try:
         tyro.cli(module.Command, args=arguments, prog=f"atomtune {name}").run()
     except SystemExit as stop:  # tyro has said why

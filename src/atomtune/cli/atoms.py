@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -20,10 +21,18 @@ class Command:
     """Folder of a run or a saved adapter."""
     top: int = 20
     """How many to show."""
-    formula: str = "mean"
-    """mean, mean_when_active, maximum or purity."""
+    formula: str = "effect"
+    """effect, mean, mean_when_active, maximum or purity."""
     json: bool = False
     """Print JSON, all numbers of each atom."""
+    curve: Path | None = None
+    """SVG file for the density curve: how close fewer atoms come to the whole adapter's pictures."""
+    look: Path | None = None
+    """Folder for a sheet of each atom: where it fires, then the base's picture and the atom at 0, 1, 2 and 4."""
+    prompts: tuple[str, ...] = ()
+    """What --curve and --look paint; --look takes the first. Empty: the run's concept."""
+    steps: int | None = None
+    """Steps of their sampler. None: the pipeline's default."""
     base: str | None = None
     """Base pipeline. None: the one that the adapter names."""
     allow_other_base: bool = False
@@ -36,16 +45,58 @@ class Command:
 
         if self.top < 1:
             raise UserError(f"`top` must be at least 1, got {self.top}.")
+        if self.curve and self.curve.suffix != ".svg":
+            raise UserError(f"`curve` must end in .svg, got {self.curve}.")
         atoms = open_adapter(self.adapter, self.base, self.allow_other_base).atoms.by(self.formula)
+        if self.curve or self.look:
+            self._paint(atoms)
         if self.json:
             rows = [{"name": a.name, **dataclasses.asdict(a)} for a in atoms.top(self.top)]
-            print(json.dumps([{k: None if v != v else v for k, v in row.items()} for row in rows], indent=1))
+            # No entry for a label, note or part that is not there.
+            found = [{k: None if v != v else v for k, v in row.items() if v != ""} for row in rows]
+            print(json.dumps(found, indent=1))
             return
         total = sum(a.importance for a in atoms) or 1.0
-        print(f"{'atom':<10} {'importance':>10} {'share':>6} {'density':>7} {'purity':>6}  site")
+        width = max(10, *(len(a.name) for a in atoms.top(self.top)))
+        print(f"{'atom':<{width}} {'importance':>10} {'share':>6} {'density':>7} {'purity':>6}  site")
         for a in atoms.top(self.top):
             purity = "-" if a.purity != a.purity else f"{a.purity:.2f}"
             share = a.importance / total
-            print(f"{a.name:<10} {a.importance:>10.4f} {share:>6.1%} {a.density:>7.2f} {purity:>6}  {a.path}")
+            row = f"{a.name:<{width}} {a.importance:>10.4f} {share:>6.1%} {a.density:>7.2f} {purity:>6}  {a.path}"
+            print("  ".join(word for word in (row, a.label, a.note) if word))
         dead = sum(a.dead for a in atoms)
         print(f"{len(atoms)} atoms, {dead} dead; importance: {FORMULAS[self.formula]}", file=sys.stderr)
+
+    def _paint(self, atoms: Any) -> None:
+        """Write what --curve and --look ask for."""
+        import numpy as np
+        from PIL import Image
+
+        from atomtune.backbones import backbone_of
+        from atomtune.data.picture import to_tensor
+        from atomtune.errors import UserError
+        from atomtune.explore.overlay import overlay, scale_of
+        from atomtune.files import write_whole
+        from atomtune.measure.maps import code_maps
+        from atomtune.measure.painting import curve_svg, density_curve, strips
+
+        told = self.adapter / "options.json"
+        concept = json.loads(told.read_text(encoding="utf-8")).get("concept") if told.is_file() else None
+        prompts = self.prompts or ((f"a {concept}",) if concept else ())
+        if not prompts:
+            raise UserError(f"`prompts` must say what to paint: {self.adapter} names no concept.")
+        pipe, shown = atoms.adapter.pipe, atoms.top(self.top)
+        call: dict[str, Any] = {} if self.steps is None else {"num_inference_steps": self.steps}
+        if self.curve:
+            write_whole(self.curve, curve_svg(density_curve(pipe, atoms.ranked, prompts, **call)))
+        if self.look:
+            painted = strips(pipe, atoms.ranked, [a.name for a in shown], prompts[0], **call)
+            strip = {name: (255 * pictures).round().astype(np.uint8) for name, (pictures, _) in painted.items()}
+            whole, backbone = Image.fromarray(strip[shown[0].name][2]), backbone_of(pipe)
+            latents = backbone.encode_pictures(pipe, to_tensor(whole)[None].to(pipe.vae.device))
+            grids = code_maps(pipe, backbone, latents, backbone.encode_prompts(pipe, [prompts[0]]), shown)
+            for name, row in strip.items():
+                grid = grids.get(name, np.zeros((1, 1, 1)))[0]  # a site that sees only text
+                sheet = Image.fromarray(np.concatenate([overlay(whole, grid, scale_of(grid)), *row], 1))
+                sheet.save(png := io.BytesIO(), "PNG")
+                write_whole(self.look / f"{name}.png", png.getvalue())

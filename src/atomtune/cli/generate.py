@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -22,12 +22,21 @@ class Command:
     """Folder for the pictures."""
     seed: int = 0
     """Seed of the first picture's noise; the next takes the next."""
-    strength: float = 1.0
-    """Multiplier on the whole adapter."""
+    strength: float | None = None
+    """Multiplier on the whole adapter. None: 1."""
     density: float = 1.0
     """Share of all atoms that take part, the most important first; 0 is the base."""
     atom: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="L17[137]=0.5")] = ()
     """Strength of one atom; may be given several times."""
+    site: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="L17=2.5")] = ()
+    """Multiplier on the atoms of a site, by its number or the end of its path (to_v=0); may be given several times."""
+    time: Annotated[str | None, tyro.conf.arg(metavar="0.6-1.0")] = None
+    """Limit to some times: 1 is noise, 0 the picture. Within its limits a strength (of --atom and --site, or else
+    --strength) is what you say, beyond them 1. Without any strength the adapter takes part within them only."""
+    where: Path | None = None
+    """Limit to what is white in this gray picture, of any size; for the picture's tokens."""
+    words: str | None = None
+    """Limit to these words of the prompts; for the prompts' tokens."""
     steps: int | None = None
     """Steps of the sampler. None: the pipeline's default."""
     guidance: float | None = None
@@ -41,15 +50,66 @@ class Command:
 
     def run(self) -> None:
         import atomtune
-        from atomtune.cli.common import open_adapter, parse_strengths
+        from atomtune.cli.common import open_adapter
         from atomtune.sampling import save_pictures
 
-        single = parse_strengths(self.atom)
+        dials = self._dials()
         adapter = open_adapter(self.adapter, self.base, self.allow_other_base, self.device)
-        with adapter.using(density=self.density, strength=self.strength, atoms=single):
+        with adapter.using(density=self.density, **dials):
             pictures = atomtune.generate(
                 adapter.pipe, self.prompts, seed=self.seed, steps=self.steps, guidance=self.guidance
             )
         for path in save_pictures(pictures, self.out, self.seed):
             print(path)
         print(f"{len(pictures)} pictures in {self.out}", file=sys.stderr)
+
+    def _dials(self) -> dict[str, Any]:
+        """Arguments of `using`."""
+        from atomtune.cli.common import parse_strengths
+        from atomtune.steering import Steer
+
+        atoms, sites = parse_strengths(self.atom), _sites(self.site)
+        strength = 1.0 if self.strength is None else self.strength
+        if self.time is None and self.where is None and self.words is None:
+            steer = [Steer(name, value) for name, value in sites.items()]
+            return {"strength": strength, "atoms": atoms, "steer": steer}
+        limits: dict[str, Any] = {"time": _time(self.time), "where": _picture(self.where), "words": self.words}
+        if not atoms | sites:
+            return {"steer": [Steer(None, self.strength, **limits)]}
+        return {
+            "strength": strength,
+            "steer": [Steer(name, value, **limits) for name, value in (atoms | sites).items()],
+        }
+
+
+def _sites(pairs: tuple[str, ...]) -> dict[str, float]:
+    from atomtune.cli.common import parse_strengths
+    from atomtune.errors import UserError
+
+    try:
+        return parse_strengths(pairs)
+    except UserError:
+        raise UserError(f"`site` must be like L17=2.5, got {' '.join(pairs)}.") from None
+
+
+def _time(text: str | None) -> tuple[float, float] | None:
+    from atomtune.errors import UserError
+
+    if text is None:
+        return None
+    try:
+        first, last = map(float, text.split("-"))
+    except ValueError:
+        raise UserError(f"`time` must be like 0.6-1.0, got {text}.") from None
+    return first, last
+
+
+def _picture(path: Path | None) -> Any:
+    from PIL import Image
+
+    from atomtune.errors import UserError
+
+    try:
+        return None if path is None else Image.open(path)
+    except OSError as error:
+        raise UserError(f"`where` must be a picture file, got {path}: {error}.") from error

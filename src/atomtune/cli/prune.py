@@ -22,8 +22,8 @@ class Command:
     """Share of the atoms to keep, above 0 and at most 1."""
     count: int | None = None
     """Number of atoms to keep, instead of --keep."""
-    formula: str = "mean"
-    """mean, mean_when_active, maximum or purity."""
+    formula: str = "effect"
+    """effect, mean, mean_when_active, maximum or purity."""
     base: str | None = None
     """Base pipeline. None: the one that the adapter names."""
     allow_other_base: bool = False

@@ -2,62 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from atomtune.backbones import Backbone, denoiser
+from atomtune.lora import attach_factors, attach_rows, fit_autoencoder
 from atomtune.training import gating
 from atomtune.training.batch import draw, generator_of
-from atomtune.training.loop import NAME, attach_atoms
+from atomtune.training.loop import NAME
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import Material
-from atomtune.tuner import atom_layers, prompt_gate
+from atomtune.tuner import prompt_gate
+from atomtune.tuner.lora import Factors, factors, rotated
 
-Factors = dict[str, tuple[Float[Tensor, "rank d_in"], Float[Tensor, "rank d_out"]]]
-"""By site: what reads the input and what is added; their product is the update."""
+__all__ = ["attach_autoencoded", "attach_factors", "factors", "rotated", "train_gate"]
 
-
-def factors(model: nn.Module, adapter: str = "rival") -> Factors:
-    """The rank-one components of a PEFT LoRA, its scale put into what they add."""
-    found: Factors = {}
-    for path, module in model.named_modules():
-        pairs: Any = getattr(module, "lora_A", None)
-        if pairs is not None and adapter in pairs:
-            layer: Any = module
-            down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-            found[path] = (down.detach().clone(), (up * layer.scaling[adapter]).T.detach().clone())
-    return found
-
-
-def rotated(parts: Factors) -> Factors:
-    """The same updates as singular vectors, the largest first: component i of rank r is the i-th best."""
-    turned: Factors = {}
-    for site, (down, up) in parts.items():
-        u, s, v = torch.linalg.svd(up.T @ down, full_matrices=False)
-        rank = len(down)
-        root = s[:rank].sqrt()
-        turned[site] = (root[:, None] * v[:rank], root[:, None] * u[:, :rank].T)
-    return turned
-
-
-def attach_factors(pipe: Any, backbone: Backbone, parts: Factors, options: TrainOptions, adapter: str = NAME) -> None:
-    """Rank-one components as signed, dense atoms: the same outputs, with every dial that atoms have."""
-    rank = len(next(iter(parts.values()))[0])
-    dense = {"n_atoms": rank, "k": None, "sparsifier": "dense", "normalize": False, "encoder_bias": False}
-    attach_atoms(pipe, backbone, options, adapter, **dense)
-    _fill(denoiser(pipe), parts, adapter)
-
-
-@torch.no_grad()
-def _fill(model: nn.Module, parts: Mapping[str, tuple[Tensor, Tensor]], adapter: str) -> None:
-    for site, layer in atom_layers(model, adapter).items():
-        dictionary = layer.dictionary(adapter)
-        dictionary.encoder.copy_(parts[site][0])
-        dictionary.atoms.copy_(parts[site][1])
+BATCHES = 6
+"""Of training's own batches, those that an autoencoder is fitted to."""
 
 
 def train_gate(pipe: Any, backbone: Backbone, material: Material, options: TrainOptions, adapter: str = NAME) -> None:
@@ -73,37 +37,17 @@ def train_gate(pipe: Any, backbone: Backbone, material: Material, options: Train
         optimizer.zero_grad(set_to_none=True)
 
 
-# ------------------------------------------------------------------------------ a sparse autoencoder
-
-WIDTH = 4
-"""Latents of the autoencoder for each rank of the update."""
-BATCHES, STEPS, L1 = 6, 400, 0.02
-
-
 def attach_autoencoded(
-    pipe: Any, backbone: Backbone, material: Material, parts: Factors, options: TrainOptions, adapter: str = NAME
+    pipe: Any, backbone: Backbone, material: Material, parts: Factors, options: TrainOptions
 ) -> float:
-    """A sparse autoencoder of LoRA's update at each site, in its place; returns the share of its energy that is lost.
-
-    codes = relu(E z - b), update = codes D, with z what LoRA's first matrix reads (Cunningham et al. 2023,
-    arXiv 2309.08600). E z is linear in the site's input, so that it is a site of ours, and has its dials.
-    """
+    """A sparse autoencoder of LoRA's update in its place; returns the share of its energy that is lost."""
     seen = _inputs(pipe, backbone, material, parts, options)
-    rank = len(next(iter(parts.values()))[0])
-    given = {"n_atoms": WIDTH * rank, "k": None, "sparsifier": "relu", "normalize": False}
-    attach_atoms(pipe, backbone, options, adapter, **given)
-    lost = []
-    for site, layer in atom_layers(denoiser(pipe), adapter).items():
-        down, up = parts[site]
-        reader, bias, atoms, error = _autoencode(seen[site] @ down.T, up, options.seed)
-        dictionary = layer.dictionary(adapter)
-        with torch.no_grad():
-            dictionary.encoder.copy_(reader @ down)
-            assert dictionary.bias is not None
-            dictionary.bias.copy_(bias)
-            dictionary.atoms.copy_(atoms)
-        lost.append(error)
-    return sum(lost) / len(lost)
+    fits = {
+        site: fit_autoencoder(down, up, seen[site] @ down.T, options.seed) for site, (down, up) in parts.items()
+    }
+    attach_rows(pipe, backbone, {site: rows for site, (rows, _) in fits.items()}, options, sparsifier="relu")
+    errors, energies = zip(*(both for _, both in fits.values()), strict=True)
+    return sum(errors) / max(sum(energies), 1e-12)
 
 
 @torch.no_grad()
@@ -126,32 +70,3 @@ def _inputs(
         for handle in handles:
             handle.remove()
     return {site: torch.cat(kept) for site, kept in seen.items()}
-
-
-def _autoencode(
-    z: Float[Tensor, "positions rank"], up: Float[Tensor, "rank d_out"], seed: int
-) -> tuple[Tensor, Tensor, Tensor, float]:
-    """(E, b, D, share of energy lost) after Adam on the squared error plus an L1 of codes times atom norms."""
-    generator = torch.Generator().manual_seed(seed)
-    update = z @ up
-    scale = update.square().sum(1).mean().sqrt().clamp_min(1e-8)
-    rank, latents = z.shape[1], WIDTH * z.shape[1]
-    spread = z.std(0).clamp_min(1e-8)
-    reader = (torch.randn(latents, rank, generator=generator) / rank**0.5 / spread).requires_grad_(True)
-    bias = torch.zeros(latents, requires_grad=True)
-    atoms = (torch.randn(latents, up.shape[1], generator=generator) * scale / up.shape[1] ** 0.5).requires_grad_(True)
-    sizes = (reader.detach().abs().mean(), 1.0, atoms.detach().abs().mean())
-    groups = [{"params": [p], "lr": 0.02 * float(size)} for p, size in zip((reader, bias, atoms), sizes, strict=True)]
-    optimizer = torch.optim.Adam(groups)
-    for _ in range(STEPS):
-        rows = torch.randint(len(z), (min(512, len(z)),), generator=generator)
-        codes = torch.relu(z[rows] @ reader.T - bias)
-        error = (codes @ atoms - update[rows]).square().sum(1).mean() / scale**2
-        size = (codes * atoms.norm(dim=1)).sum(1).mean() / scale
-        optimizer.zero_grad(set_to_none=True)
-        (error + L1 * size).backward()
-        optimizer.step()
-    with torch.no_grad():
-        codes = torch.relu(z @ reader.T - bias)
-        lost = ((codes @ atoms - update).square().sum() / update.square().sum().clamp_min(1e-12)).item()
-    return reader.detach(), bias.detach(), atoms.detach(), lost

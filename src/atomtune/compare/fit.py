@@ -6,12 +6,13 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,7 @@ from atomtune.training.batch import draw, generator_of
 from atomtune.training.loop import NAME, Run, attach_atoms, conclude, schedule, training_mode
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import Material, prepare
-from atomtune.tuner import override_gate, remove_adapter, save
+from atomtune.tuner import override_gate, read_gates, remove_adapter, save
 
 COMPONENTS = ("lora", "rslora")
 """Rivals that are kept as rank-one components, so that they have every dial that atoms have."""
@@ -110,7 +111,7 @@ class Tuned:
         if knob.name == "scale":
             return self.adapter.using(strength=knob.value)
         if knob.name == "atoms":
-            return self.adapter.using(density=knob.value, formula=knob.formula or "mean")
+            return self.adapter.using(density=knob.value, formula=knob.formula or "effect")
         chosen = (pure if knob.name == "purity" else at_random)(self.adapter, knob.value)
         return atom_dials.strengths(self.pipe, chosen, self.adapter.name)
 
@@ -123,6 +124,12 @@ class Tuned:
         """The gate as it is, or held open."""
         assert self.adapter is not None
         return nullcontext() if on else override_gate(denoiser(self.pipe), 1.0, self.adapter.name)
+
+    def wide_open(self, prompts: Sequence[str]) -> bool:
+        """Whether the gate stands at 1 for all of them, so that holding it open changes nothing."""
+        assert self.adapter is not None
+        given = backbone_of(self.pipe).encode_prompts(self.pipe, list(prompts))
+        return bool((read_gates(denoiser(self.pipe), given)[self.adapter.name] == 1).all())
 
     def remove(self) -> None:
         """The pipeline is the base again."""
@@ -174,10 +181,9 @@ def singular(fit: Fit, pipe: Any, folder: Path) -> Tuned:
     plain = dataclasses.replace(fit.options, gate=False)
     turned = rotated(parts)
     attach_factors(pipe, backbone_of(pipe), turned, plain)
-    # A component of size s adds at most s to an input of unit length: what "mean x norm" reads becomes s.
+    # Both factors hold the root of the singular value: it is the square of their norm.
     statistics = {
-        site: dict.fromkeys(("mean", "mean_when_active", "maximum", "density", "purity"), up.norm(dim=1))
-        | {"norm": up.norm(dim=1)}
+        site: {"effect": up.square().sum(1), "density": torch.ones(len(up)), "purity": torch.full((len(up),), math.nan)}
         for site, (_, up) in turned.items()
     }
     return Tuned(pipe, tuned.facts, adapter=Adapter(pipe, statistics))

@@ -23,7 +23,7 @@ from atomtune.errors import UserError
 from atomtune.files import write_whole
 from atomtune.tuner import fingerprint
 
-CODE = ("atomtune.sparse", "atomtune.tuner", "atomtune.training", "atomtune.scenes", "atomtune.compare.fit")
+CODE = tuple(f"atomtune.{room}" for room in ("sparse", "tuner", "effect", "atoms", "training", "scenes", "compare.fit"))
 """Source that decides what a cell measures."""
 
 COLUMNS = {

@@ -22,11 +22,13 @@ Row = dict[str, Any]
 
 LEAK_SEED, CLASS_SEED = 900_000, 800_000
 FULL = Knob()
-DIALS = (Knob("atoms", 0.5, "mean"), Knob("atoms", 0.25, "mean"), Knob("atoms", 0.1, "mean"), Knob("scale", 0.8))
-"""Turned in customization, on methods that have components."""
+STRENGTHS = (FULL, Knob("scale", 1.2), Knob("scale", 1.4))
+"""Turned in customization and style, on every method."""
+DIALS = (*(Knob("atoms", v, "effect") for v in (0.5, 0.25, 0.1)), Knob("atoms", 0.25, "mean"), Knob("scale", 0.8))
+"""Turned there on methods that have components."""
 
 SCALES = tuple(Knob("scale", v) for v in (0.9, 0.8, 0.6))
-FORMULAS = ("mean", "mean_when_active", "purity")
+FORMULAS = ("effect", "mean", "purity")
 EDIT_KNOBS = (
     FULL,
     *SCALES,
@@ -133,15 +135,25 @@ def _learned(cell: Cell, studio: Studio, lesson: Lesson, asks: list[Ask], learne
         yield tasks.score(pictures, asks, learned) | inner | {"drift": 0.0, "pixel_drift": 0.0, "silence": 1.0}
         return
     tuned = _tuned(cell, studio, lesson)
-    for gate in _gates(tuned):
-        with _at(tuned, FULL, gate):
-            pictures = studio.paint(asks, noise)
-            row = tuned.facts | _knob(FULL, gate) | tasks.score(pictures, asks, learned)
-            row |= tasks.inner_leak(neighbours, pictures[: len(pairs)], pairs)
-            row |= tasks.leak(base_quiet, studio.paint(quiet, LEAK_SEED), quiet)
-            if nouns:
-                row["bleed"] = tasks.leak(base_nouns, studio.paint(nouns, CLASS_SEED), nouns)["drift"]
-            yield row
+    same = tuned.gated and tuned.wide_open([a.words for a in asks])
+    shut: Row | None = None
+    for knob in STRENGTHS:
+        for gate in _gates(tuned):
+            with _at(tuned, knob, gate):
+                if gate is not False or not same:
+                    pictures = studio.paint(asks, noise)
+                # A gate that was shut for all that is not the concept is so at every strength.
+                if not gate or shut is None:
+                    outside = tasks.leak(base_quiet, studio.paint(quiet, LEAK_SEED), quiet)
+                    whole = outside["silence"]
+                    if nouns:
+                        beyond = tasks.leak(base_nouns, studio.paint(nouns, CLASS_SEED), nouns)
+                        outside["bleed"], whole = beyond["drift"], min(whole, beyond["silence"])
+                    shut = outside if gate and whole == 1 else shut
+                else:
+                    outside = shut
+            row = tuned.facts | _knob(knob, gate) | tasks.score(pictures, asks, learned)
+            yield row | tasks.inner_leak(neighbours, pictures[: len(pairs)], pairs) | outside
     if tuned.adapter is not None and cell.config["dials"]:
         for knob in DIALS:
             gate = True if tuned.gated else None
@@ -180,7 +192,7 @@ def _edited(cell: Cell, studio: Studio, lesson: Lesson) -> Iterator[Row]:
         tuned.remove()
         cut = singular(fit_of(cell, lesson), studio.pipe, studio.folder / "fits")
         for value in (0.5, 0.25):
-            with cut.turned(Knob("atoms", value, "mean")):
+            with cut.turned(Knob("atoms", value)):
                 pictures = studio.paint(asks, noise)
             for row in _kinds(pictures, asks):
                 yield cut.facts | _knob(Knob("svd", value), None) | row | {"density": value}

@@ -20,9 +20,9 @@ BASE = "base"
 class Method:
     """One way to train."""
 
-    lr: float = 2e-3
+    lr: float = 4e-3
     """Chosen on tuning subjects by `atomtune compare --tune`: benchmarks/results/tuning.json."""
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3)
     """What that search tries."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """What differs from the defaults of training."""
@@ -44,6 +44,8 @@ METHODS: dict[str, Method] = {
     "atoms-topk": Method(options={"sparsifier": "topk", "k": 4}),
     "atoms-batchtopk": Method(options={"sparsifier": "batch_topk", "k": 4}),
     "atoms-jumprelu": Method(options={"sparsifier": "jumprelu"}),
+    "atoms-whole": Method(lr=2e-3, options={"nested": False}),
+    "atoms-dense": Method(options={"sparsifier": "dense", "silence": 0.0}),
     "lora": _rival("lora", 1e-3, 2e-3, 4e-3),
     "lora_sae": Method(lr=2e-3, rival="lora", autoencoded=True),
     "rslora": _rival("rslora", 2.5e-4, 5e-4, 1e-3),

@@ -89,7 +89,7 @@ def train(
             if resume:
                 state.resume()
             state.steps(progress)
-        adapter, gate_report = conclude(pipe, backbone, material, options)
+            adapter, gate_report = conclude(pipe, backbone, material, options)
         meta = {"concept": options.concept, "steps": options.steps, "seed": options.seed, **gate_report}
         if processes.is_main_process:
             adapter.save(run, {"command": command, **meta})

@@ -29,7 +29,7 @@ class TrainOptions:
     """Pictures of the concept a step."""
     unrelated_batch: int | None = None
     """Unrelated pictures a step. None: as many as `batch_size`. 0: no silence term and no distillation."""
-    lr: float = 2e-3
+    lr: float = 4e-3
     """Learning rate of encoders and atoms (AdamW); linear warm-up over 5 % of the steps, cosine to a tenth."""
     n_atoms: int = 32
     """Atoms a site."""
@@ -43,7 +43,7 @@ class TrainOptions:
     """Atoms kept at a position, for topk and batch_topk; annealed from all over the first 40 % of the steps."""
     sites: tuple[str, ...] | None = None
     """Ends of the names of the layers to adapt. None: the family's attention layers."""
-    silence: float = 0.003
+    silence: float = 0.01
     """Weight on any code that fires on unrelated pictures."""
     margin: float = 0.2
     """How far below firing the silence term pushes, in pre-code units."""
@@ -55,8 +55,8 @@ class TrainOptions:
     """Weight on the size of codes times their atoms' norms, on the concept's pictures."""
     distill: float = 1.0
     """Weight on the squared difference to the base's prediction on unrelated pictures."""
-    nested: bool = False
-    """Train a random prefix of every dictionary each step, so that any share of the atoms works by itself."""
+    nested: bool = True
+    """Train a random prefix of every dictionary each step, so that a share of the atoms works by itself."""
     dead: float = 0.0
     """Weight on waking atoms that have not fired for 50 steps."""
     gate: bool = True

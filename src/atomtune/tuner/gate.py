@@ -284,10 +284,18 @@ def hold_gate(model: nn.Module, arguments: Callable[[], Mapping[str, Any]]) -> I
     if gates is None or gates.disable_adapters or set(gates.gates) <= set(gates.values.forced):
         yield
         return
-    with torch.no_grad():
-        gates.compute((), arguments())
-    with _forced(gates, dict(gates.values.computed)):
+    with _forced(gates, read_gates(model, arguments())):
         yield
+
+
+@torch.no_grad()
+def read_gates(model: nn.Module, arguments: Mapping[str, Any]) -> dict[str, Float[Tensor, "..."]]:
+    """By adapter, its gate in a forward with these arguments: (batch,), or () where a number is forced."""
+    gates = _find(model)
+    if gates is None:
+        return {}
+    gates.compute((), arguments)
+    return dict(gates.values.computed)
 
 
 @contextmanager

@@ -55,15 +55,16 @@ class AtomLayer(BaseTunerLayer):
 class AtomLinear(nn.Module, AtomLayer):
     """W x + strength * codes(x) D, summed over the active adapters.
 
-    Codes are multiplied by three things: `scaling[adapter]` (PEFT's and diffusers' adapter weight),
-    `atom_strength[adapter]` (one number an atom, ones at start, never saved), and the adapter's prompt gate.
+    Codes are multiplied by four things: `scaling[adapter]` (PEFT's and diffusers' adapter weight),
+    `atom_strength[adapter]` (one number an atom, ones at start, never saved), the adapter's prompt gate, and, where
+    there is one, `steering[adapter]`, broadcastable to (rows, positions, n_atoms), which a steering sets each forward.
     Where all codes are zero the output is the base layer's, bit for bit (torch.equal).
 
     Under gradient checkpointing a gate is read again in backward: one forward for each backward.
     """
 
     adapter_layer_names = ("atom_dictionary",)
-    other_param_names = ("r", "scaling", "atom_strength", "gates")
+    other_param_names = ("r", "scaling", "atom_strength", "gates", "steering")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -77,6 +78,7 @@ class AtomLinear(nn.Module, AtomLayer):
         self.scaling: dict[str, float] = {}
         self.r: dict[str, int] = {}  # diffusers reads adapter names here
         self.gates: dict[str, GateValues] = {}
+        self.steering: dict[str, Tensor] = {}
         self.recorders: dict[str, list[tuple[list[Tensor], list[Tensor]]]] = {}
 
     def update_layer(self, adapter: str, config: AtomConfig, n_atoms: int) -> None:
@@ -179,6 +181,9 @@ class AtomLinear(nn.Module, AtomLayer):
             if rows is not None and gate.ndim and len(gate) > 1:
                 gate = gate[rows]
             factor = factor * _per_sample(gate, codes)
+        if adapter in self.steering:
+            steering = self.steering[adapter]
+            factor = factor * (steering if rows is None or len(steering) == 1 else steering[rows])
         return codes * factor.to(codes.dtype)
 
     def _add(self, result: Tensor, codes: Tensor, adapter: str) -> Tensor:

@@ -25,6 +25,7 @@ from . import gate
 from .config import FORMAT_VERSION, AtomConfig, close_names
 from .layer import AtomLinear
 from .model import adapter_config, atom_layers, attach, remove_adapter, site_name, unwrap
+from .notes import NOTES, Notes, notes, notes_text, read_notes
 from .register import NAME
 
 WEIGHTS = "adapter_model.safetensors"
@@ -32,9 +33,9 @@ CONFIG = "adapter_config.json"
 STATISTICS = "statistics.safetensors"
 CARD = "README.md"
 PICTURES = "pictures"
-_OURS = (WEIGHTS, CONFIG, STATISTICS, CARD, PICTURES)
+_OURS = (WEIGHTS, CONFIG, STATISTICS, NOTES, CARD, PICTURES)
 _ROOT = "base_model.model."  # PeftModel.from_pretrained wants it in the keys
-_PARTIAL = "partial:"
+PARTIAL = "partial:"
 _SAMPLES = 64
 
 
@@ -83,6 +84,8 @@ def save(
                 for name, t in named.items()
             }
             safetensors.torch.save_file(flat, fresh / STATISTICS, metadata={"format": "pt"})
+        if noted := notes_text(base, adapter):
+            (fresh / NOTES).write_text(noted, encoding="utf-8")
         (fresh / CARD).write_text(_card(config, card or {}, fresh))
         _check_same(_read_tensors(fresh / WEIGHTS), tensors)
         _replace(folder, fresh)
@@ -200,6 +203,7 @@ def load(
     folder = Path(folder).resolve()
     base = unwrap(model)
     config, tensors = _read(folder)
+    noted = read_notes(folder)
     config.inference_mode = not trainable
     _check_base(base, config, allow_other_base)
     with _untouched_on_error(model, base, adapter):
@@ -209,6 +213,7 @@ def load(
         with torch.no_grad():
             for key, target in targets.items():
                 target.copy_(tensors[key])
+        notes(base, adapter).update(noted)
 
 
 def load_statistics(folder: str | Path) -> dict[str, dict[str, Tensor]]:
@@ -219,6 +224,19 @@ def load_statistics(folder: str | Path) -> dict[str, dict[str, Tensor]]:
         site, _, name = key.rpartition(".")
         found.setdefault(site, {})[name] = tensor
     return found
+
+
+def read(folder: str | Path) -> tuple[AtomConfig, dict[str, dict[str, Tensor]], Notes]:
+    """What `load` reads, without a model: config, tensors by site (the gate's at `atom_gate`) and name, notes."""
+    folder = Path(folder).resolve()
+    config, tensors = _read(folder)
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        site, inside, name = key.removeprefix(_ROOT).partition(".atom_dictionary.")
+        if not inside:
+            site, _, name = site.partition(".gates.")
+        found.setdefault(site, {})[name] = tensor
+    return config, found, read_notes(folder)
 
 
 def _read(folder: Path) -> tuple[AtomConfig, dict[str, Tensor]]:
@@ -355,7 +373,7 @@ def fingerprint(model: Any) -> str:
         flat = parameter.flatten()
         sample = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES]
         digest.update(sample.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
-    return ("" if len(plain) == len(named) else _PARTIAL) + digest.hexdigest()
+    return ("" if len(plain) == len(named) else PARTIAL) + digest.hexdigest()
 
 
 def _is_plain(parameter: nn.Parameter) -> bool:
@@ -368,7 +386,7 @@ def _check_base(base: nn.Module, config: AtomConfig, allow_other_base: bool) -> 
     here, there = fingerprint(base), config.base_fingerprint
     if here == there:
         return
-    if here.startswith(_PARTIAL) != there.startswith(_PARTIAL):
+    if here.startswith(PARTIAL) != there.startswith(PARTIAL):
         warnings.warn(
             "The base model is quantized or offloaded, here or in training: whether it is the one this "
             "adapter was trained on can't be checked.",

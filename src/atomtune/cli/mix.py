@@ -1,0 +1,61 @@
+"""`atomtune mix`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Command:
+    """Put adapters side by side, to be used like one; or list which of their atoms conflict."""
+
+    adapter: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="NAME=ADAPTER ...")]
+    """Two or more folders of runs or saved adapters, each with a name for its part, such as style=FOLDER."""
+    out: Path | None = None
+    """Folder for the mixture. None: list the conflicts, and write nothing."""
+    weight: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="style=0.7")] = ()
+    """Weight of a part, otherwise 1; may be given several times."""
+    one_file: bool = False
+    """Merge the parts into one plain adapter; it can hold no prompt gates and no atoms that compete (topk, ista)."""
+    drop_weaker: bool = False
+    """Of two atoms that conflict, drop the less important one."""
+    limits: tuple[float, float] = (0.3, 0.3)
+    """Correlation of codes, and cosine of atoms in either direction, from which two atoms conflict."""
+    prompt: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="PROMPT")] = ()
+    """What to paint to find conflicts, best with all concepts in it. None: the concepts that the runs were taught."""
+    base: str | None = None
+    """Base pipeline. None: the one that the first adapter names."""
+    allow_other_base: bool = False
+    """Load onto a base that is not the adapters'."""
+
+    def run(self) -> None:
+        import atomtune
+        from atomtune import mix, surgery
+        from atomtune.adapter import base_of
+        from atomtune.cli.common import device_of
+        from atomtune.cli.surgery import pairs
+        from atomtune.errors import UserError
+        from atomtune.tuner.mixture import check_parts
+
+        folders, weights = pairs("adapter", self.adapter), pairs("weight", self.weight)
+        check_parts(folders, weights)
+        if self.out and self.out.exists():
+            raise UserError(f"`out` must not exist yet: {self.out}. Choose another folder.")
+        pipe = atomtune.open_pipeline(self.base or base_of(next(iter(folders.values()))) or "", device=device_of(None))
+        mixture = mix.mix(pipe, folders, weights, allow_other_base=self.allow_other_base)
+        if self.out is None or self.drop_weaker:
+            together, along = self.limits
+            asked = self.prompt or mix.concepts(folders)
+            found = mix.conflicts(mixture, asked, together=together, along=along)
+            for c in found:
+                print(f"{c.first.called:<20} {c.second.called:<20} {c.together:>5.2f} {c.cosine:>5.2f}  {c.first.path}")
+            print(f"{len(found)} pairs of {len(mixture.atoms)} atoms: correlation, cosine, site", file=sys.stderr)
+        if self.drop_weaker:
+            surgery.drop(mixture, mix.weaker(found))
+        if self.out:
+            print((mix.merge(mixture) if self.one_file else mixture).save(self.out))

@@ -1,0 +1,59 @@
+"""`atomtune surgery`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Command:
+    """Keep or drop single atoms for good, label them, and write notes beside them."""
+
+    adapter: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="ADAPTER")]
+    """Folder of a run or a saved adapter."""
+    name: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="L17[137]=leaves")] = ()
+    """A label, by which the atom is found from then on; empty takes it away. May be given several times."""
+    note: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="leaves=TEXT")] = ()
+    """A note beside an atom."""
+    keep: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="L17[137]")] = ()
+    """An atom to keep; those that are not named go."""
+    drop: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="L17[137]")] = ()
+    """An atom to remove."""
+    out: Path | None = None
+    """Folder for the result. None: labels and notes are written where the adapter is."""
+    base: str | None = None
+    """Base pipeline. None: the one that the adapter names."""
+    allow_other_base: bool = False
+    """Load onto a base that is not the adapter's."""
+
+    def run(self) -> None:
+        from atomtune import surgery
+        from atomtune.cli.common import open_adapter
+        from atomtune.errors import UserError
+        from atomtune.tuner.notes import save_notes
+
+        if self.out.exists() if self.out else self.keep or self.drop:
+            raise UserError(f"`out` must be a folder that does not exist yet, got {self.out}. Choose another.")
+        adapter = open_adapter(self.adapter, self.base, self.allow_other_base)
+        surgery.name(adapter, pairs("name", self.name), pairs("note", self.note))
+        for act, names in ((surgery.keep, self.keep), (surgery.drop, self.drop)):
+            if names:
+                act(adapter, names)
+        print(adapter.save(self.out) if self.out else save_notes(adapter.pipe, self.adapter, adapter.name))
+
+
+def pairs(field: str, given: tuple[str, ...]) -> dict[str, Any]:
+    """Arguments like `name=value` as a table."""
+    from atomtune.errors import UserError
+
+    found: dict[str, Any] = {}
+    for pair in given:
+        name, sign, value = (word.strip() for word in pair.partition("="))
+        if not sign or not name or name in found:
+            raise UserError(f"`{field}` must be like name=value, each name once, got {pair!r}.")
+        found[name] = value
+    return found

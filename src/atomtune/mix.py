@@ -1,0 +1,275 @@
+"""Several adapters in one picture: side by side with weights, which of their atoms fight, and all as one adapter."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from atomtune import surgery, tuner
+from atomtune.adapter import Adapter, load
+from atomtune.atoms import Atom, Statistics, count
+from atomtune.backbones import backbone_of, denoiser
+from atomtune.errors import UserError
+from atomtune.files import write_whole
+from atomtune.sampling import generate
+from atomtune.steering import Steer
+from atomtune.tuner.mixture import MIXTURE, check_parts, merge_parts, same_base
+from atomtune.tuner.store import read
+
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""At which atoms are seen firing together."""
+
+
+# -------------------------------------------------------------------------------------------- side by side
+
+
+class Mixture(Adapter):
+    """Adapters that take part together; a handle as any other, whose atoms are named `style/L17[137]`.
+
+    Every part keeps its prompt gate, so that the picture is the base's, bit for bit, where none opens. The parts' own
+    handles are in `parts`.
+    """
+
+    def __init__(self, pipe: Any, parts: dict[str, Adapter], weights: Mapping[str, float]) -> None:
+        super().__init__(pipe, {}, " + ".join(parts))
+        self.parts = parts
+        self.weights = {name: float(weights.get(name, 1.0)) for name in parts}
+        tuner.activate(pipe, *parts)
+        for name in parts:
+            for layer in tuner.atom_layers(pipe, name).values():
+                layer.set_scale(name, self.weights[name])
+
+    def ranking(self, formula: str) -> list[Atom]:
+        """Every atom of all parts, the most important first; importances are times the weight, purities are not."""
+        found = []
+        for name, part in self.parts.items():
+            factor = 1.0 if formula == "purity" else abs(self.weights[name])
+            found += [replace(a, part=name, importance=a.importance * factor) for a in part.ranking(formula)]
+        # Stable: each part keeps its order, also where its weight is 0.
+        return sorted(found, key=lambda a: -a.importance)
+
+    def written(self, name: str) -> dict[str, Float[Tensor, "atoms d_out"]]:
+        """What a part's atoms write at each site, times its weight."""
+        layers = tuner.atom_layers(self.pipe, name).items()
+        return {path: layer.dictionary(name).atoms.double().cpu() * self.weights[name] for path, layer in layers}
+
+    @contextmanager
+    def using(
+        self,
+        density: float = 1.0,
+        strength: float | dict[str, float] = 1.0,
+        formula: str = "effect",
+        atoms: dict[str, float] | None = None,
+        steer: Mapping[str, Sequence[Steer]] | Sequence[Steer] = (),
+    ) -> Iterator[Mixture]:
+        """`Adapter.using`, `density` being a share of the atoms of all parts; `steer` is for all or by part."""
+        whole, single = (1.0, strength) if isinstance(strength, dict) else (strength, {})
+        steers = steer if isinstance(steer, Mapping) else dict.fromkeys(self.parts, steer)
+        for name in steers.keys() - self.parts.keys():
+            raise UserError(f"`steer`: the parts are {', '.join(self.parts)}, got {name!r}.")
+        ranked = self.atoms.by(formula)
+        first = ranked.top(count(density, len(ranked)))
+        chosen = [(ranked[name], value) for name, value in (single | (atoms or {})).items()]
+        with ExitStack() as stack:
+            for name, part in self.parts.items():
+                share = sum(a.part == name for a in first) / sum(a.part == name for a in ranked)
+                own = {replace(a, part="").name: value for a, value in chosen if a.part == name}
+                stack.enter_context(part.using(share, whole, formula, own, steer=steers.get(name, ())))
+            yield self
+
+    def keep(self, left: Sequence[Atom]) -> int:
+        """Keep only these of its atoms, at least one of each part, for good; returns how many."""
+        own = {name: [a for a in left if a.part == name] for name in self.parts}
+        # An empty one first, which is refused before anything is lost.
+        return sum(self.parts[name].keep(own[name]) for name in sorted(own, key=lambda name: len(own[name])))
+
+    def save(self, folder: str | Path, card: dict[str, Any] | None = None) -> Path:
+        """Write parts and weights to a folder that does not exist yet, whole or not at all; `load` reads it."""
+        folder = Path(folder).resolve()
+        fresh = folder.with_name(f".{folder.name}.saving")
+        if folder.exists():
+            raise UserError(f"`out` must not exist yet: {folder}. Choose another folder.")
+        try:
+            shutil.rmtree(fresh, ignore_errors=True)
+            for name, part in self.parts.items():
+                part.save(fresh / name, card)
+            write_whole(fresh / MIXTURE, json.dumps({"weights": self.weights}, indent=1) + "\n")
+            os.rename(fresh, folder)
+        except OSError as error:
+            raise UserError(f"Could not write {folder}: {error}.") from error
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+        return folder
+
+    def remove(self) -> None:
+        """Take all parts off."""
+        for name in self.parts:
+            tuner.remove_adapter(self.pipe, name)
+
+
+def mix(
+    pipe: Any,
+    folders: Mapping[str, str | Path],
+    weights: Mapping[str, float] | None = None,
+    *,
+    allow_other_base: bool = False,
+) -> Mixture:
+    """Attach saved adapters, each under its name, and let exactly these take part, with weights of 1 if not given.
+
+    Raises UserError, with the pipeline as it was, on names that can't be taken, one adapter under two names, other
+    bases, and weights that are not finite or of no part.
+    """
+    check_parts(folders, weights or {})
+    if not allow_other_base:
+        same_base({name: read(folder)[0] for name, folder in folders.items()})
+    layers = (m for m in tuner.unwrap(pipe).modules() if isinstance(m, tuner.AtomLinear))
+    active = next((list(layer.active_adapters) for layer in layers), [])
+    parts: dict[str, Adapter] = {}
+    try:
+        for name, folder in folders.items():
+            parts[name] = load(pipe, folder, name=name, allow_other_base=allow_other_base)
+    except BaseException:
+        for name in parts:
+            tuner.remove_adapter(pipe, name)
+        tuner.activate(pipe, *active)
+        raise
+    return Mixture(pipe, parts, weights or {})
+
+
+# ------------------------------------------------------------------------------------------------ conflicts
+
+
+def concepts(folders: Mapping[str, str | Path]) -> list[str]:
+    """What to paint where nobody says: each concept that these runs were taught, and all in one prompt."""
+    paths = [Path(folder) / "options.json" for folder in folders.values()]
+    found = [json.loads(path.read_text(encoding="utf-8")).get("concept") for path in paths if path.is_file()]
+    if len(found) < len(folders) or not all(found):
+        raise UserError(
+            "`prompt` must be given where not every adapter is a run with a concept. Name all concepts in it."
+        )
+    return [*found, ", ".join(found)]
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Two atoms of different parts that fire together at a site, and write along each other or against."""
+
+    first: Atom
+    second: Atom
+    """The less important one."""
+    together: float
+    """Correlation of their codes over positions."""
+    cosine: float
+    """Of what they write, with the signs of the weights: above 0 they pile up, below 0 they cancel."""
+
+
+@torch.no_grad()
+def conflicts(
+    mixture: Mixture, prompts: Sequence[str], *, together: float = 0.3, along: float = 0.3, seed: int = 0, **call: Any
+) -> list[Conflict]:
+    """Pairs whose codes correlate by `together` or more and whose |cosine| is `along` or more.
+
+    Codes are read with all gates open, on what the mixture paints from the prompts (`call` goes to `generate`), noised
+    to several times. Prompts that name all concepts say most. First those with the largest product of correlation,
+    |cosine| and the lesser importance.
+    """
+    order, found = list(mixture.parts), []
+    ordered = sorted(mixture.atoms, key=lambda a: (order.index(a.part), a.row))
+    for path, moments in _moments(mixture, prompts, seed, call).items():
+        mean, atoms = moments[0, 1:], [a for a in ordered if a.path == path]
+        covariance = moments[1:, 1:] - mean[:, None] * mean
+        deviation = covariance.diagonal().clamp_min(0).sqrt()
+        # 0 for an atom that never fires.
+        correlation = (covariance / (deviation[:, None] * deviation)).nan_to_num(0, 0, 0)
+        unit = normalize(torch.cat([side[path] for side in map(mixture.written, order) if path in side]), dim=1)
+        cosine = unit @ unit.T
+        for i, j in ((correlation >= together) & (cosine.abs() >= along)).triu(1).nonzero().tolist():
+            if atoms[i].part != atoms[j].part:
+                pair = sorted((atoms[i], atoms[j]), key=lambda a: -a.importance)
+                found.append(Conflict(pair[0], pair[1], correlation[i, j].item(), cosine[i, j].item()))
+    return sorted(found, key=lambda c: -c.together * abs(c.cosine) * c.second.importance)
+
+
+def _moments(
+    mixture: Mixture, prompts: Sequence[str], seed: int, call: Mapping[str, Any]
+) -> dict[str, Float[Tensor, "1+n 1+n"]]:
+    """By site: mean over positions of c c', with c = (1, codes of the first part's atoms, of the second's, ...)."""
+    pipe, base, backbone = mixture.pipe, denoiser(mixture.pipe), backbone_of(mixture.pipe)
+    latents = torch.stack(generate(pipe, prompts, seed=seed, output_type="latent", **call))  # type: ignore[arg-type]
+    conditioning = backbone.encode_prompts(pipe, list(prompts))
+    generator = torch.Generator().manual_seed(seed)
+    gated = any(tuner.prompt_gate(base, name) is not None for name in mixture.parts)
+    sums: dict[str, Tensor] = {}
+    for time in TIMES:
+        x = (1 - time) * latents + time * torch.randn(latents.shape, generator=generator).to(latents)
+        with ExitStack() as stack:
+            stack.enter_context(tuner.override_gate(base, 1.0 if gated else None))
+            seen = [stack.enter_context(tuner.record(base, name)).codes for name in mixture.parts]
+            backbone.predict(base, x, torch.full((len(x),), time, device=x.device), conditioning)
+        for path in dict.fromkeys(path for codes in seen for path in codes):
+            real = backbone.layout(path, conditioning, math.prod(backbone.grid(base, latents))).real
+            c = nn.functional.pad(
+                torch.cat([codes[path][-1][real] for codes in seen if path in codes], 1), (1, 0), value=1
+            )
+            sums[path] = sums.get(path, 0) + c.double().T @ c.double()
+    return {path: (total / total[0, 0]).cpu() for path, total in sums.items()}
+
+
+def weaker(found: Sequence[Conflict]) -> list[str]:
+    """Of each two atoms that conflict, the worst conflicts first, the less important one: what to drop."""
+    gone: dict[str, None] = {}
+    for conflict in found:
+        if conflict.first.name not in gone:
+            gone[conflict.second.name] = None
+    return list(gone)
+
+
+def orthogonality(mixture: Mixture, first: str, second: str) -> float:
+    """1 where no atom of one part writes along one of the other, 0 where both write the same.
+
+    1 - sum |A B'|^2 / sqrt(sum |A A'|^2 sum |B B'|^2) over sites, each atom as long as its mean importance: one less
+    the RV coefficient (Robert & Escoufier 1976).
+    """
+    a, b = (
+        {path: x * mixture.parts[name].statistics[path]["mean"][:, None] for path, x in mixture.written(name).items()}
+        for name in (first, second)
+    )
+    joint, *own = (
+        sum((x[path] @ y[path].T).square().sum().item() for path in x.keys() & y.keys())
+        for x, y in ((a, b), (a, a), (b, b))
+    )
+    return 1 - joint / math.sqrt(math.prod(own)) if all(own) else 1.0
+
+
+# --------------------------------------------------------------------------------------------------- as one
+
+
+def merge(mixture: Mixture, name: str = "merged") -> Adapter:
+    """The same outputs, to rounding, as one adapter. Raises UserError where one can't hold them: `merge_parts`."""
+    atoms = mixture.atoms
+    offsets = merge_parts(mixture.pipe, mixture.weights, name)
+    statistics: Statistics = {}
+    for part, one in mixture.parts.items():
+        for site, table in one.statistics.items():
+            sizes = table.keys() & {"norm", "effect", "effect_beside"}
+            scaled = table | {k: table[k] * abs(mixture.weights[part]) for k in sizes}
+            before = statistics.get(site)
+            statistics[site] = {k: torch.cat([before[k], t]) for k, t in scaled.items()} if before else scaled
+    merged = Adapter(mixture.pipe, statistics, name)
+    sites = tuner.adapter_config(mixture.pipe, name).sites or []
+    old = {f"L{sites.index(a.path)}[{a.id + offsets[a.part]}]": a for a in atoms}
+    labels = {new: f"{a.part} {a.label}" for new, a in old.items() if a.label}
+    surgery.name(merged, labels, {new: a.note for new, a in old.items()})
+    return merged

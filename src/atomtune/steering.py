@@ -1,0 +1,200 @@
+"""Atoms steered while a picture is painted: how strong, at which times, on which part of it, on which words."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from atomtune.atoms import Atom, find
+from atomtune.backbones import Backbone, backbone_of, denoiser
+from atomtune.errors import UserError
+from atomtune.tuner import atom_layers, unwrap
+
+
+@dataclass(frozen=True)
+class Steer:
+    """Some atoms, a strength, and limits to it.
+
+    With a `strength`, that is what the atoms are multiplied by within the limits; beyond them they are as they were.
+    Without one, they take part within the limits only. `where` speaks of picture tokens, `words` of prompt tokens:
+    each alone leaves the other kind as it was. Words reach the whole picture: what is wanted in one part only may
+    need a second steer that turns its words off.
+    """
+
+    atoms: str | Sequence[str] | None = None
+    """Atoms (`L17[137]`) and whole sites (`L17`, or the end of a module path such as `to_v`). None: all."""
+    strength: float | None = None
+    """Multiplier within the limits. None: 1 there, and 0 beyond them."""
+    time: tuple[float, float] | None = None
+    """From and to, both included, of s: 0 is the picture, 1 is noise."""
+    where: Any = None
+    """A mask of the picture, of any size: a PIL image of mode L or 1, or (height, width) in [0, 1]; shares count."""
+    words: str | None = None
+    """Words of the prompt, wherever they stand in it."""
+
+    def __post_init__(self) -> None:
+        if self.strength is None and self.time is None and self.where is None and self.words is None:
+            raise UserError("A Steer must have a `strength` or a limit (`time`, `where`, `words`), got neither.")
+        if self.strength is not None and not math.isfinite(self.strength):
+            raise UserError(f"`strength` must be a finite number, got {self.strength}.")
+        if self.time is not None and not (len(self.time) == 2 and 0 <= self.time[0] < self.time[1] <= 1):
+            raise UserError(f"`time` must be (from, to) with 0 <= from < to <= 1, got {self.time}.")
+        if self.words is not None and not self.words.strip():
+            raise UserError(f"`words` must be some of the prompt's words, got {self.words!r}.")
+        _ = self.mask
+
+    @functools.cached_property
+    def mask(self) -> Float[Tensor, "height width"] | None:
+        """`where` as numbers in [0, 1]."""
+        if self.where is None:
+            return None
+        mode = getattr(self.where, "mode", None)
+        if mode not in (None, "L", "1"):
+            raise UserError(f"`where` must be a picture of mode L or 1, got {mode}. Convert it: picture.convert('L').")
+        mask = torch.tensor(np.asarray(self.where), dtype=torch.float32) / (255 if mode == "L" else 1)
+        if mask.ndim != 2 or not mask.numel():
+            raise UserError(f"`where` must be (height, width), got {tuple(mask.shape)}.")
+        if not ((mask >= 0) & (mask <= 1)).all():
+            raise UserError(f"`where` must lie in [0, 1], got {mask.min():g} to {mask.max():g}.")
+        return mask
+
+
+@contextmanager
+def steered(pipe: Any, steers: Sequence[Steer], ranked: Sequence[Atom], adapter: str = "default") -> Iterator[None]:
+    """Inside, the adapter's atoms (`ranked`, all of them) are multiplied by what each of the steers says.
+
+    Words are sought in the prompts that the pipeline encoded last. Raises UserError on atoms that are not there and,
+    when prompts are encoded, on one without the words.
+    """
+    if not steers:
+        yield
+        return
+    backbone, model, layers = backbone_of(pipe), denoiser(pipe), atom_layers(pipe, adapter)
+    plan: dict[str, list[tuple[int, Tensor | None]]] = {}
+    for number, steer in enumerate(steers):
+        for path, chosen in _chosen(steer.atoms, ranked).items():
+            device = layers[path].atom_strength[adapter].device
+            plan.setdefault(path, []).append((number, None if chosen.all() else chosen.to(device)))
+    # Inside another steering, whose hook runs first, this one multiplies what that one has set.
+    inner = {path for path in plan if adapter in layers[path].steering}
+
+    def before_forward(_: nn.Module, args: Any, given: dict[str, Any]) -> None:
+        grid = backbone.grid(unwrap(model), given["hidden_states"])
+        factors = [_factor(steer, given, backbone, grid, spelled) for steer in steers]
+        for path, parts in plan.items():
+            value: Any = layers[path].steering[adapter] if path in inner else 1
+            for number, chosen in parts:
+                factor = factors[number](path)
+                value = value * (factor if chosen is None else torch.where(chosen, factor, 1))
+            layers[path].steering[adapter] = value
+
+    with _listening(pipe, backbone, {steer.words for steer in steers if steer.words}) as spelled:
+        handle = model.register_forward_pre_hook(before_forward, with_kwargs=True)
+        try:
+            for path in plan.keys() - inner:
+                layers[path].steering[adapter] = layers[path].atom_strength[adapter].new_ones(1, 1, 1)
+            yield
+        finally:
+            handle.remove()
+            for path in plan.keys() - inner:
+                layers[path].steering.pop(adapter, None)
+
+
+def _chosen(names: str | Sequence[str] | None, ranked: Sequence[Atom]) -> dict[str, Bool[Tensor, " n_atoms"]]:
+    """Which atoms are meant, by site."""
+    given = [names] if isinstance(names, str) else names
+    sizes = Counter(atom.path for atom in ranked)
+    found: dict[str, Tensor] = {}
+    for atom in ranked if given is None else [atom for name in given for atom in _named(name, ranked)]:
+        found.setdefault(atom.path, torch.zeros(sizes[atom.path], dtype=torch.bool))[atom.row] = True
+    return found
+
+
+def _named(name: str, ranked: Sequence[Atom]) -> list[Atom]:
+    """The atom of that name, or all of that site."""
+    if "[" in name:
+        return [find(ranked, name)]
+    found = [atom for atom in ranked if name == f"L{atom.site}" or f".{atom.path}".endswith(f".{name}")]
+    if not found:
+        ends = {atom.path.split(".", n)[-1] for atom in ranked for n in range(atom.path.count(".") + 1)}
+        close = difflib.get_close_matches(name, sorted(ends | {f"L{atom.site}" for atom in ranked}), n=3)
+        hint = f" Close: {', '.join(close)}." if close else ""
+        raise UserError(f"The adapter has no site {name!r}.{hint}")
+    return found
+
+
+def _factor(
+    steer: Steer, given: dict[str, Any], backbone: Backbone, grid: tuple[int, int], spelled: Callable[..., Tensor]
+) -> Callable[[str], Float[Tensor, "#rows #positions 1"]]:
+    """For this forward, by site: 1 where the steer says nothing, else its strength as far as its limits hold."""
+    within, beyond = (1, 0) if steer.strength is None else (steer.strength, 1)
+    time = torch.ones(1, 1, device=given["hidden_states"].device)
+    if steer.time is not None:
+        s = backbone.clock(given["timestep"]).float().expand(len(given["hidden_states"])).unsqueeze(1)
+        # Less than any step of a sampler, more than the rounding of a clock.
+        time = ((s > steer.time[0] - 1e-4) & (s < steer.time[1] + 1e-4)).float()
+    picture = None if steer.mask is None else F.adaptive_avg_pool2d(steer.mask[None], grid).flatten(1).to(time)
+    text = None if steer.words is None else spelled(steer.words, given[backbone.gate_input])
+
+    def at(site: str) -> Tensor:
+        if picture is None and text is None:
+            return (beyond * (1 - time) + within * time).unsqueeze(-1)
+        factor, layout = time.new_ones(()), backbone.layout(site, given, math.prod(grid))
+        for values, here in ((picture, layout.image), (text, layout.real & ~layout.image)):
+            if values is not None:
+                nth = (here.cumsum(1) - 1).clamp(min=0)  # a row's k-th value is for its k-th position here
+                share = time * values.expand(len(here), -1).gather(1, nth)
+                factor = torch.where(here, beyond * (1 - share) + within * share, factor)
+        return factor.unsqueeze(-1)
+
+    return at
+
+
+@contextmanager
+def _listening(pipe: Any, backbone: Backbone, words: set[str]) -> Iterator[Callable[[str, Tensor], Tensor]]:
+    """Gives (words, embeddings) -> 1 at the tokens that spell them (rows, tokens), in prompts encoded inside.
+
+    A denoiser gets embeddings only: by them a row is known, and the branch without words has no 1.
+    """
+    encode, around = pipe.encode_prompt, vars(pipe).get("encode_prompt")
+    spoken: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def listen(*args: Any, **kwargs: Any) -> Any:
+        embeds, *others = encode(*args, **kwargs)
+        given = kwargs.get("prompt", args[0] if args else None) or []
+        prompts = [given] if isinstance(given, str) else given
+        for said in words:
+            at = [backbone.word_tokens(pipe, prompt, said) for prompt in prompts]
+            spoken[said] = [(one, torch.zeros_like(one[:, 0])) for one in embeds if at]
+            for row, (_, marks) in enumerate(spoken[said]):
+                marks[[k for k in at[row * len(at) // len(embeds)] if k < len(marks)]] = 1
+        return embeds, *others
+
+    def spelled(said: str, embeds: Tensor) -> Tensor:
+        if not spoken.get(said):
+            raise UserError("`words` needs the prompt's text: let the pipeline encode it where the steer is on.")
+        found = torch.zeros_like(embeds[..., 0])
+        for prompt, marks in spoken[said]:
+            if prompt.shape == embeds.shape[1:]:
+                found = torch.maximum(found, (embeds == prompt).flatten(1).all(1, keepdim=True) * marks)
+        return found
+
+    pipe.encode_prompt = listen
+    try:
+        yield spelled
+    finally:
+        del pipe.encode_prompt
+        if around is not None:
+            pipe.encode_prompt = around

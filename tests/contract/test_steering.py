@@ -1,0 +1,250 @@
+"""Steering keeps the same promises on every model family: what is multiplied where, when and on which words."""
+
+import functools
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pipelines import CAPTIONS, FAMILIES
+from torch import Tensor
+
+import atomtune
+from atomtune.adapter import Adapter
+from atomtune.backbones import backbone_of, denoiser
+from atomtune.cli import main
+from atomtune.errors import UserError
+from atomtune.steering import Steer
+from atomtune.tuner import AtomConfig, AtomLinear, activate, atom_layers, attach, base_only, record, remove_adapter
+
+PROMPTS = ["a kite", "Kite, a kite", CAPTIONS[0], *(f"a kite{' and a house' * n}" for n in range(2, 7))]
+"""Of different lengths, all with a kite."""
+LEFT = np.tile([1, 1, 0, 0], (4, 1))
+built = functools.cache(lambda family: family.build())
+
+
+def adapt(pipe: Any, sites: tuple[str, ...], name: str = "default") -> Adapter:
+    """Random atoms, with statistics that say nothing."""
+    torch.manual_seed(len(name))
+    attach(pipe.transformer, AtomConfig(n_atoms=8, target_modules=list(sites), threshold=0.0), name)
+    for layer in atom_layers(pipe, name).values():
+        layer.dictionary(name).atoms.data.normal_(std=0.3)
+    keys = ("effect", "mean", "density", "purity", "norm")
+    return Adapter(pipe, {site: {key: torch.ones(8) for key in keys} for site in atom_layers(pipe, name)}, name)
+
+
+@pytest.fixture(params=FAMILIES, ids=lambda family: family.name)
+def adapter(request: pytest.FixtureRequest) -> Iterator[Adapter]:
+    """An adapter at every site of a family; nothing of a steering is left after the test."""
+    pipe = built(request.param)
+    yield adapt(pipe, backbone_of(pipe).sites)
+    assert not pipe.transformer._forward_pre_hooks
+    assert "encode_prompt" not in vars(pipe)
+    for name in list(pipe.transformer.peft_config):
+        assert not any(layer.steering for layer in atom_layers(pipe, name).values())
+        remove_adapter(pipe, name)
+
+
+@torch.no_grad()
+def predict(pipe: Any, prompts: list[str], *times: float) -> Tensor:
+    backbone, s = backbone_of(pipe), torch.tensor(times or (0.5,)).expand(len(prompts))
+    latents = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    return backbone.predict(denoiser(pipe), latents, s, backbone.encode_prompts(pipe, prompts))
+
+
+def factors(adapter: Adapter, call: Callable[[], Any]) -> dict[str, list[Tensor]]:
+    """What codes were multiplied by in the forwards of a call, by site; NaN where none fired."""
+    after: dict[AtomLinear, list[Tensor]] = {layer: [] for layer in atom_layers(adapter.pipe).values()}
+    real = AtomLinear._codes
+
+    def spy(layer: AtomLinear, *args: Any) -> Tensor:
+        after[layer].append(real(layer, *args))
+        return after[layer][-1]
+
+    with pytest.MonkeyPatch.context() as patch, record(adapter.pipe) as recording:
+        patch.setattr(AtomLinear, "_codes", spy)
+        call()
+    before = zip(recording.codes.items(), after.values(), strict=True)
+    return {site: [new / old for new, old in zip(news, olds, strict=True)] for (site, olds), news in before}
+
+
+def same(found: Tensor, expected: Tensor) -> bool:
+    fired = ~found.isnan()
+    return bool(fired.any()) and torch.allclose(found[fired], expected.expand_as(found)[fired], atol=1e-6)
+
+
+def test_nothing_is_the_base_and_all_is_the_adapted_bit_for_bit(adapter: Adapter) -> None:
+    run = functools.partial(predict, adapter.pipe, PROMPTS[:2])
+    adapted = run()
+    with base_only(adapter.pipe):
+        base = run()
+    assert not torch.equal(adapted, base)
+    off = [[Steer(strength=0)], [Steer(time=(0, 0.4))], [Steer(f"L{i}", 0) for i in range(len(adapter.statistics))]]
+    white = Image.new("1", (9, 5), 1)
+    on = [[], [Steer(strength=1.0)], [Steer(time=(0.4, 1)), Steer("to_v", 1, where=LEFT)], [Steer(where=white)]]
+    for steer, expected in [(steer, base) for steer in off] + [(steer, adapted) for steer in on]:
+        with adapter.using(steer=steer):
+            assert torch.equal(run(), expected), steer
+        assert torch.equal(run(), adapted)
+
+
+def test_where_multiplies_the_picture_tokens_as_its_rule_says(adapter: Adapter) -> None:
+    pipe, backbone, prompts = adapter.pipe, backbone_of(adapter.pipe), PROMPTS[:3]
+    rows, columns = backbone.grid(pipe.transformer, torch.empty(1, 4, 8, 8))
+    tokens = torch.rand(rows, columns, generator=torch.Generator().manual_seed(1))
+    tokens[0], tokens[-1, 1:] = 0, 1
+    conditioning = backbone.encode_prompts(pipe, prompts)
+    for strength, within, beyond in ((None, 1, 0), (2.5, 2.5, 1), (0, 0, 1)):
+        with adapter.using(steer=[Steer(strength=strength, where=np.kron(tokens, np.ones((2, 3))))]):
+            found = factors(adapter, lambda: predict(pipe, prompts))
+        for site, (factor,) in found.items():
+            image = backbone.layout(site, conditioning, rows * columns).image
+            expected = torch.ones(image.shape)
+            if image.any():
+                expected[image] = (tokens.flatten() * (within - beyond) + beyond).repeat(len(prompts))
+            assert same(factor, expected.unsqueeze(-1)), site
+
+
+def test_time_is_the_time_of_each_row(adapter: Adapter) -> None:
+    with adapter.using(steer=[Steer("to_v", 3, time=(0.3, 0.6)), Steer(time=(0.5, 1.0))]):
+        found = factors(adapter, lambda: predict(adapter.pipe, PROMPTS[:4], 0.299, 0.3, 0.6, 0.61))
+    for site, (factor,) in found.items():
+        expected = torch.tensor([0.0, 0, 3, 1] if site.endswith("to_v") else [0.0, 0, 1, 1])
+        assert same(factor, expected[:, None, None]), site
+
+
+def test_words_are_those_of_the_prompt_in_the_branch_that_has_it(adapter: Adapter) -> None:
+    pipe, backbone, prompts = adapter.pipe, backbone_of(adapter.pipe), PROMPTS[:2]
+    with adapter.using(steer=[Steer(strength=3, words="KITE")]):
+        found = factors(adapter, lambda: pipe(prompt=prompts, num_inference_steps=1, output_type="latent"))
+    for site, forwards in found.items():
+        rows = [row for factor in forwards for row in factor]
+        # SD3: one forward, the branch without words first; Lumina2: two forwards, and text lies before the picture.
+        said, silent = (rows[2:], rows[:2]) if len(forwards) == 1 else (rows[:2], rows[2:])
+        assert all(same(row, torch.ones(())) for row in silent), site
+        for row, prompt in zip(said, prompts, strict=True):
+            expected = torch.ones(len(row), 1)
+            if "add_" in site or site.startswith(("context_refiner", "layers")):
+                expected[backbone.word_tokens(pipe, prompt, "kite")] = 3
+            assert same(row, expected), site
+
+
+def test_words_are_found_by_the_tokens_that_spell_them(adapter: Adapter) -> None:
+    pipe, prompt = adapter.pipe, "the Kite, kites and a red  kite"
+    twice = hasattr(pipe, "tokenizer_3")
+    text = prompt if twice else f"{pipe.system_prompt} <Prompt Start> {prompt}"
+    tokens = pipe.tokenizer(text, padding="max_length", max_length=77).tokens()
+    tokens += pipe.tokenizer_3(prompt).tokens() if twice else []
+    for words, spelled in (("kite", "kitekite"), ("red kite", "redkite")):
+        found = "".join(tokens[k] for k in backbone_of(pipe).word_tokens(pipe, prompt, words)).replace("</w>", "")
+        assert re.sub(r"[^a-z]", "", found.lower()) == spelled * (1 + twice)
+
+
+def test_steers_multiply_each_other_and_keep_to_their_adapter(adapter: Adapter) -> None:
+    other = adapt(adapter.pipe, ("to_q",), "second")
+    activate(adapter.pipe, "default", "second")
+    steer = [Steer(["L0[3]", "L1"], 2), Steer("L0", 0.5), Steer(strength=3, time=(0.2, 0.7))]
+    with adapter.using(steer=steer), other.using(steer=[Steer("L0", 0)]), adapter.using(steer=[Steer("L1[2]", 5)]):
+        predict(adapter.pipe, PROMPTS[:2])
+        found = [layer.steering["default"][0, 0].tolist() for layer in atom_layers(adapter.pipe).values()]
+        assert found[:3] == [[1.5] * 3 + [3] + [1.5] * 4, [6] * 2 + [30] + [6] * 5, [3]]
+        first, *others = atom_layers(adapter.pipe, "second").values()
+        assert not first.steering["second"].any()
+        assert not any("second" in layer.steering for layer in others)
+
+
+def test_a_batch_paints_what_its_pictures_alone_do(adapter: Adapter) -> None:
+    """With guidance: both branches in one batch, or in two forwards."""
+    paint = functools.partial(atomtune.generate, adapter.pipe, PROMPTS, steps=2, guidance=3.0, output_type="latent")
+    plain = torch.stack(paint())
+    with adapter.using(steer=[Steer("to_v", 3, time=(0.4, 1)), Steer(where=LEFT), Steer("L1[2]", 2, words="kite")]):
+        together, alone = torch.stack(paint()), torch.stack(paint(batch_size=1))
+    assert torch.allclose(together, alone, atol=1e-4)
+    assert ((together - plain).abs().amax((1, 2, 3)) > 0.01).all()
+
+
+@pytest.mark.usefixtures("shapes_unchecked")
+def test_compiled_it_is_the_same_and_one_graph_serves_all_steers(adapter: Adapter) -> None:
+    torch._dynamo.reset()
+    pipe, plain = adapter.pipe, adapter.pipe.transformer
+    steers = (
+        [Steer("to_v", 3, where=LEFT), Steer("to_q", 2, time=(0.2, 0.6)), Steer("L1", 3, words="kite")],
+        [Steer("to_v", 0, where=1 - LEFT), Steer("to_q", time=(0.7, 1.0)), Steer("L1", 5, words="a")],
+    )
+    expected, graphs = [], set()
+    for steer in steers:
+        with adapter.using(steer=steer):
+            expected.append(predict(pipe, PROMPTS[:2], 0.5, 0.8))
+    # Lumina2's own forward reads lengths into Python.
+    pipe.transformer = torch.compile(plain, fullgraph=hasattr(pipe, "tokenizer_3"), backend="eager")
+    for steer, output in zip(steers, expected, strict=True):
+        with adapter.using(steer=steer):
+            assert torch.allclose(predict(pipe, PROMPTS[:2], 0.5, 0.8), output, atol=1e-5)
+        graphs.add(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    pipe.transformer = plain
+    assert len(graphs) == 1
+
+
+def test_a_steer_that_says_nothing_sound_is_told() -> None:
+    table: list[tuple[dict[str, Any], str]] = [
+        ({}, "must have a `strength` or a limit"),
+        ({"strength": math.nan}, "`strength` must be a finite number, got nan"),
+        ({"time": (0.6, 0.6)}, "`time` must be (from, to) with 0 <= from < to <= 1, got (0.6, 0.6)"),
+        ({"time": (0.6, 0.3)}, "`time` must be"),
+        ({"time": (math.nan, 1)}, "`time` must be"),
+        ({"words": " "}, "`words` must be some of the prompt's words"),
+        ({"where": Image.new("RGB", (4, 4))}, "`where` must be a picture of mode L or 1, got RGB. Convert it"),
+        ({"where": np.ones((4, 4, 1))}, "`where` must be (height, width), got (4, 4, 1)"),
+        ({"where": LEFT * 255}, "`where` must lie in [0, 1], got 0 to 255"),
+        ({"where": LEFT * math.nan}, "`where` must lie in [0, 1], got nan"),
+    ]
+    for fields, message in table:
+        with pytest.raises(UserError, match=re.escape(message)):
+            Steer(**fields)
+
+
+def test_what_is_not_there_is_told_with_what_is_close(adapter: Adapter) -> None:
+    for atoms, message in (
+        ("L0[9]", r"no atom L0\[9\]. Close: L0\["),
+        (["to_v", "too_q"], "no site 'too_q'. Close: .*to_q"),
+        ("L99", "no site 'L99'. Close: L"),
+    ):
+        with pytest.raises(UserError, match=message), adapter.using(steer=[Steer(atoms, 0)]):
+            pass
+    backbone, pipe = backbone_of(adapter.pipe), adapter.pipe
+    given = backbone.encode_prompts(pipe, ["a kite"])
+    with adapter.using(steer=[Steer(words="kit")]):
+        with pytest.raises(UserError, match=r"got 'kit' for 'a kite'. Did you mean 'kite'"):
+            atomtune.generate(pipe, ["a kite"], steps=1)
+        with pytest.raises(UserError, match="`words` needs the prompt's text"):
+            backbone.predict(pipe.transformer, torch.zeros(1, 4, 8, 8), torch.ones(1), given)
+
+
+def test_the_command_line_says_the_same(bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    base, run, mask = str(bases["lumina2"]), tmp_path / "run", tmp_path / "mask.png"
+    adapter = adapt(atomtune.open_pipeline(base), ("to_q", "to_v"))
+    adapter.save(run)
+    Image.fromarray((LEFT * 255).astype(np.uint8)).save(mask)
+    asked = ["generate", str(run), "a kite", "--base", base, "--steps=2", "--out", str(tmp_path / "out")]
+    for options, dials in (
+        ("--site to_v=0 --atom L2[2]=3", {"atoms": {"L2[2]": 3}, "steer": [Steer("to_v", 0)]}),
+        (f"--strength 2 --where {mask}", {"steer": [Steer(strength=2, where=LEFT)]}),
+        ("--strength 2 --site L1=3 --words kite", {"strength": 2, "steer": [Steer("L1", 3, words="kite")]}),
+        ("--time 0.9-1.0", {"steer": [Steer(time=(0.9, 1))]}),
+    ):
+        assert main([*asked, *options.split()]) == 0
+        with adapter.using(**dials):
+            picture = np.asarray(atomtune.generate(adapter.pipe, ["a kite"], steps=2)[0])
+        assert np.array_equal(picture, np.asarray(Image.open(capsys.readouterr().out.strip()))), options
+    for options, message in (
+        ("--site=to_v", "`site` must be like L17=2.5, got to_v"),
+        ("--time=0.5", "`time` must be like 0.6-1.0, got 0.5"),
+        (f"--where={run}", "`where` must be a picture file, got"),
+    ):
+        assert main([*asked, options]) == 2
+        assert f"error: {message}" in capsys.readouterr().err

@@ -1,0 +1,292 @@
+"""Several adapters together: the same outputs whichever way, which atoms fight, and what a user gets wrong."""
+
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from pipelines import FAMILIES, lumina2
+
+import atomtune
+from atomtune import surgery
+from atomtune.adapter import Adapter, base_of
+from atomtune.atoms import noised_pass
+from atomtune.backbones import backbone_of
+from atomtune.cli import main
+from atomtune.errors import UserError
+from atomtune.mix import TIMES, concepts, conflicts, merge, mix, orthogonality, weaker
+from atomtune.steering import Steer
+from atomtune.tuner import AtomConfig, activate, atom_layers, attach, prompt_gate, remove_adapter
+from atomtune.tuner.mixture import MIXTURE
+from atomtune.tuner.store import WEIGHTS
+
+PROMPTS = ["a big flat kite on a red background, on the left", "a kite"]
+SITES = {"lumina2": ["layers.0.attn.to_q", "to_out.0"], "sd3": ["transformer_blocks.0.attn.to_q", "to_add_out"]}
+SITE = SITES["lumina2"][0]
+
+
+@pytest.fixture(scope="module")
+def pipes(bases: dict[str, Path]) -> dict[str, Any]:
+    return {family.name: atomtune.open_pipeline(str(bases[family.name])) for family in FAMILIES}
+
+
+@pytest.fixture
+def pipe(pipes: dict[str, Any], request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A tiny pipeline, Lumina2 where nothing is said; the base before and after."""
+    pipe = pipes[getattr(request, "param", "lumina2")]
+    yield pipe
+    for adapter in list(getattr(pipe.transformer, "peft_config", {})):
+        remove_adapter(pipe, adapter)
+
+
+every_family = pytest.mark.parametrize("pipe", SITES, indirect=True)
+
+
+def save(pipe: Any, folder: Path, seed: int, gate: float | None = None, change: Callable = id, **fields: Any) -> Path:
+    """Random atoms, more important with a higher seed and lower id; `gate` is what a prompt gate says to any prompt."""
+    backbone = backbone_of(pipe)
+    if gate is not None:
+        width = backbone.encode_prompts(pipe, ["a"])[backbone.gate_input].shape[-1]
+        fields |= {"gate_input": backbone.gate_input, "gate_mask": backbone.gate_mask, "gate_dim": width}
+    torch.manual_seed(seed)
+    fields = {"n_atoms": 4, "threshold": 0.5, "target_modules": SITES[backbone.family.lower()]} | fields
+    attach(pipe.transformer, AtomConfig(base_model_name_or_path=str(pipe.name_or_path), **fields))
+    statistics = {}
+    for path, layer in atom_layers(pipe).items():
+        change(torch.nn.init.normal_(layer.dictionary("default").atoms, std=0.3).data)
+        importance = seed + torch.arange(layer.r["default"], 0.0, -1)
+        statistics[path] = {key: importance.clone() for key in ("effect", "mean", "density", "purity")}
+        statistics[path]["norm"] = torch.ones_like(importance)
+    if gate is not None:
+        prompt_gate(pipe.transformer).bias.data.fill_(1 - 2 * gate)  # type: ignore[union-attr]
+    Adapter(pipe, statistics).save(folder)
+    remove_adapter(pipe)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def places(pipes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Adapters, good and bad."""
+    pipe, root = pipes["lumina2"], tmp_path_factory.mktemp("places")
+    for folder, seed in (("a", 1), ("same", 1), ("b", 9), ("broken", 3)):
+        save(pipe, root / folder, seed)
+    tensors = safetensors.torch.load_file(root / "broken" / WEIGHTS)
+    tensors.pop(next(key for key in tensors if key.endswith("bias")))
+    safetensors.torch.save_file(tensors, root / "broken" / WEIGHTS)
+    other = lumina2()
+    other.transformer.layers[0].attn.to_q.weight.data.mul_(2)
+    for seed, folder in enumerate(("alien", "martian")):
+        save(other, root / folder, seed)
+    return root
+
+
+def paint(pipe: Any) -> torch.Tensor:
+    return torch.stack(atomtune.generate(pipe, PROMPTS, steps=2, output_type="latent"))
+
+
+@every_family
+def test_a_mixture_is_its_parts_together_saved_or_merged(pipe: Any, tmp_path: Path) -> None:
+    some = SITES[backbone_of(pipe).family.lower()][1:]
+    folders = {"a": save(pipe, tmp_path / "a", 1), "b": save(pipe, tmp_path / "b", 2, target_modules=some)}
+    folders["c"] = save(pipe, tmp_path / "c", 3, n_atoms=3)
+    weights, plain = {"b": 0.5, "c": -2.0}, paint(pipe)
+    for part, folder in folders.items():
+        atomtune.load(pipe, folder, name=part)
+        for layer in atom_layers(pipe, part).values():
+            layer.set_scale(part, weights.get(part, 1.0))
+    activate(pipe, *folders)
+    together = paint(pipe)
+    for part in folders:
+        remove_adapter(pipe, part)
+    mixture = mix(pipe, folders, weights)
+    assert torch.equal(paint(pipe), together)
+    surgery.name(mixture.parts["b"], {"L0[1]": "leaves"})
+    mixture.save(tmp_path / "m")
+    merge(mixture).save(tmp_path / "one")
+    total = len(mixture.atoms)
+    mixture.remove()
+    remove_adapter(pipe, "merged")
+    assert torch.equal(paint(pipe), plain)
+    again = atomtune.load(pipe, tmp_path / "m")
+    assert torch.equal(paint(pipe), together)
+    assert again.atoms["b/leaves"] == again.atoms["b/L0[1]"]
+    assert base_of(tmp_path / "m") == base_of(tmp_path / "a")
+    again.remove()
+    one = atomtune.load(pipe, tmp_path / "one")
+    assert torch.allclose(paint(pipe), together, atol=1e-4)
+    assert not torch.allclose(together, plain, atol=1e-2)
+    assert len({a.name for a in one.atoms}) == total
+    assert one.atoms["b leaves"].importance == pytest.approx((2 + 3) * 0.5)
+
+
+@every_family
+def test_where_no_gate_opens_the_picture_is_the_base(pipe: Any, tmp_path: Path) -> None:
+    folders = {part: save(pipe, tmp_path / part, i, gate=i % 2) for i, part in enumerate(("shut", "wide", "closed"))}
+    plain = paint(pipe)
+    alone = atomtune.load(pipe, folders["wide"])
+    wide = paint(pipe)
+    alone.remove()
+    mixture = mix(pipe, {part: folders[part] for part in ("shut", "closed")})
+    assert torch.equal(paint(pipe), plain)
+    mixture.remove()
+    mixture = mix(pipe, folders)
+    assert torch.equal(paint(pipe), wide)
+    assert not torch.equal(wide, plain)
+    with mixture.using(density=0):
+        assert torch.equal(paint(pipe), plain)
+    with pytest.raises(UserError, match="can't become one adapter: a prompt gate is for its own part alone"):
+        merge(mixture)
+
+
+SOFT = {"sparsifier": "soft", "encoder_bias": False}
+
+
+@pytest.mark.parametrize(
+    ("fields", "other", "refused"),
+    [
+        *[(f, {}, None) for f in ({"sparsifier": "jumprelu"}, SOFT, {"sparsifier": "dense", "normalize": False})],
+        *[({"sparsifier": kind, "k": 2}, {}, f"atoms of {kind} compete") for kind in ("topk", "batch_topk")],
+        ({"sparsifier": "soft", "encoder": "ista"}, {}, "atoms of soft compete"),
+        (SOFT, {"threshold": 0.7}, "their `threshold` differs"),
+    ],
+)
+def test_what_can_be_one_adapter(pipe: Any, tmp_path: Path, fields: Any, other: Any, refused: str | None) -> None:
+    folders = {"a": save(pipe, tmp_path / "a", 1, **fields), "b": save(pipe, tmp_path / "b", 2, **fields | other)}
+    mixture = mix(pipe, folders, {"a": 0.7})
+    together = paint(pipe)
+    with pytest.raises(UserError, match=f"a, b can't become one adapter: {refused}") if refused else nullcontext():
+        merge(mixture)
+    assert torch.allclose(paint(pipe), together, atol=1e-4)
+
+
+def test_dials_are_over_all_parts(pipe: Any, places: Path) -> None:
+    mixture = mix(pipe, {"a": places / "a", "b": places / "b"}, {"b": 0.1})
+    layers = {part: atom_layers(pipe, part) for part in mixture.parts}
+
+    def strength(part: str) -> torch.Tensor:
+        return torch.cat([layer.atom_strength[part] for layer in layers[part].values()])
+
+    with mixture.using(density=0.5, strength={"b/L0[2]": 3.0}, atoms={"a/L0[0]": 0.0}):
+        assert strength("a").sum() == len(mixture.atoms) / 2 - 1
+        assert strength("b").sum() == strength("b").max() == 3
+    assert (strength("a") == 1).all()
+    everything = paint(pipe)
+    for inside, same in ((1.0, True), (0.0, False)):
+        with mixture.using(steer={"b": [Steer(where=np.full((4, 4), inside))]}):
+            assert torch.allclose(paint(pipe), everything, atol=1e-5) == same
+    with pytest.raises(UserError, match="`steer`: the parts are a, b, got 'c'"), mixture.using(steer={"c": []}):
+        pass
+    assert mixture.prune(0.9) == math.ceil(0.9 * 2 * len(strength("a"))) == len(mixture.atoms)
+
+
+def test_conflicts_are_pairs_that_fire_together_along_or_against(pipe: Any, tmp_path: Path) -> None:
+    one: dict[str, Any] = {"n_atoms": 1, "target_modules": [SITE]}
+    folders = {"a": save(pipe, tmp_path / "a", 1, **one), "c": save(pipe, tmp_path / "c", 7, **one | {"n_atoms": 3})}
+    folders["b"] = save(pipe, tmp_path / "b", 1, change=torch.Tensor.neg_, **one)
+    mixture = mix(pipe, folders, {"a": 2.0})
+    found = conflicts(mixture, PROMPTS, together=-1, along=0, steps=2)
+    assert len(found) == 1 + 3 + 3
+    (worst,) = conflicts(mixture, PROMPTS, together=0.99, along=0.99, steps=2)
+    assert (worst.together, worst.cosine) == (pytest.approx(1), pytest.approx(-1))
+    assert weaker([worst]) == ["b/L0[0]"]
+    # Against NumPy, on the codes of each adapter read by itself.
+    backbone, latents = backbone_of(pipe), paint(pipe)
+    conditioning = backbone.encode_prompts(pipe, PROMPTS)
+    real, seen = backbone.layout(SITE, conditioning, 64).real, {}
+    for part in folders:
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            passes = [noised_pass(pipe.transformer, backbone, latents, conditioning, t, generator, part) for t in TIMES]
+        seen[part] = np.concatenate([codes[SITE][real].numpy() for *_, codes in passes]).T
+    for c in found:
+        pair = [seen[atom.part][atom.row] for atom in (c.first, c.second)]
+        assert c.together == pytest.approx(np.corrcoef(pair)[0, 1], abs=1e-5)
+    assert orthogonality(mixture, "a", "b") == pytest.approx(0)
+    assert 0.5 < orthogonality(mixture, "a", "c") <= 1
+    with pytest.raises(UserError, match="At least one atom of b must be left"):
+        surgery.drop(mixture, ["c/L0[1]", *weaker([worst])])
+    assert surgery.drop(mixture, ["c/L0[1]"]) == len(mixture.atoms) == 4
+
+
+@pytest.mark.parametrize(
+    ("folders", "weights", "message"),
+    [
+        ({"a": "a"}, {}, "at least two parts, got 1"),
+        ({"a": "a", "../b": "b"}, {}, r"A part's name must be 1 to 20 letters.*got '\.\./b'"),
+        ({"a": "a", "update": "b"}, {}, "no word of torch's, got 'update'"),
+        ({"a": "a", "b": "b/../a"}, {}, "is given twice, as a and b"),
+        ({"a": "a", "style": "b"}, {"styel": 1}, "the parts are a, style, got 'styel'. Did you mean `style`"),
+        ({"a": "a", "b": "b"}, {"b": math.nan}, "`weight` of b must be a finite number, got nan"),
+        ({"a": "a", "b": "nowhere"}, {}, "There is no folder"),
+        ({"a": "a", "b": "alien"}, {}, "must be of one base: a is of .*, b of another"),
+        ({"a": "alien", "b": "martian"}, {}, "trained on another base model"),
+        ({"a": "a", "b": "broken"}, {}, "lacks 1 of"),
+    ],
+)
+def test_mistakes_leave_the_pipeline_as_it_was(
+    pipe: Any, places: Path, folders: Any, weights: Any, message: str
+) -> None:
+    atomtune.load(pipe, places / "b", name="mine")
+    before, modules = paint(pipe), [path for path, _ in pipe.transformer.named_modules()]
+    with pytest.raises(UserError, match=message) as error:
+        mix(pipe, {part: places / folder for part, folder in folders.items()}, weights)
+    assert "\n" not in str(error.value)
+    assert torch.equal(paint(pipe), before)
+    assert [path for path, _ in pipe.transformer.named_modules()] == modules
+
+
+def test_saving_is_whole_or_nothing(pipe: Any, places: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    mixture, out = mix(pipe, {"a": places / "a", "b": places / "b"}), tmp_path / "m"
+    monkeypatch.setattr("atomtune.mix.write_whole", full)
+    with pytest.raises(UserError, match="No space left"):
+        mixture.save(out)
+    monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
+    mixture.save(out)
+    mixture.remove()
+    with pytest.raises(UserError, match="`out` must not exist yet"):
+        mixture.save(out)
+    for text in ("{", "[]", '{"weights": 3}', '{"weights": {"a": 1, "b": "x"}}'):
+        (out / MIXTURE).write_text(text)
+        with pytest.raises(UserError, match=r"mixture\.json can't be read: "):
+            base_of(out)
+    (out / MIXTURE).write_text('{"weights": {"a": 1, "b": 1}}')
+    shutil.rmtree(out / "b")
+    with pytest.raises(UserError, match=r"There is no folder .*/b"):
+        atomtune.load(pipe, out)
+
+
+def test_commands(places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given, m = ["mix", f"a={places / 'a'}", f"same={places / 'same'}"], str(tmp_path / "m")
+    assert main([*given, "--prompt", "a kite", "--limits", "0.9", "0.9"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["a/L2[0]", "same/L2[0]", "1.00", "1.00", SITE] in rows
+    assert main([*given, "--weight", "same=0.5", "--out", m]) == 0
+    assert json.loads((tmp_path / "m" / MIXTURE).read_text())["weights"] == {"a": 1.0, "same": 0.5}
+    assert main(["atoms", m, "--top", "1"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[0] == "a/L0[0]"
+    painted = ["generate", m, "a kite", "--steps", "2", "--out", str(tmp_path / "out")]
+    assert main([*painted, "--density", "0.5", "--atom", "a/L0[0]=0"]) == 0
+    assert main([*given, "--one-file", "--out", str(tmp_path / "one")]) == 0
+    for arguments, message in (
+        ([*given, "--out", m], "`out` must not exist yet"),
+        ([*given, f"a={places / 'b'}"], "`adapter` must be like name=value, each name once, got 'a="),
+        ([*given, "--weight", "a=much"], "`weight` of a must be a finite number, got 'much'"),
+        ([*given, "--drop-weaker", "--out", str(tmp_path / "x")], "`prompt` must be given"),
+    ):
+        assert main(arguments) == 2
+        assert message in capsys.readouterr().err
+    for concept in ("kite", "neon"):
+        (tmp_path / concept).mkdir()
+        (tmp_path / concept / "options.json").write_text(json.dumps({"concept": concept}))
+    assert concepts({"a": tmp_path / "kite", "b": tmp_path / "neon"}) == ["kite", "neon", "kite, neon"]
