@@ -16,7 +16,7 @@ from atomtune.scenes.world import scene
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALLER = {
-    "train": ["--steps", "2", "--n-atoms", "4", "--batch-size", "1", "--unrelated-pictures", "2"],
+    "train": ["--steps", "60", "--n-atoms", "4", "--batch-size", "1", "--unrelated-pictures", "2"],
     "generate": ["--steps", "2"],
     "export": ["--rank", "2"],
     "import": ["--exact"],

@@ -42,9 +42,7 @@ def attach_autoencoded(
 ) -> float:
     """A sparse autoencoder of LoRA's update in its place; returns the share of its energy that is lost."""
     seen = _inputs(pipe, backbone, material, parts, options)
-    fits = {
-        site: fit_autoencoder(down, up, seen[site] @ down.T, options.seed) for site, (down, up) in parts.items()
-    }
+    fits = {site: fit_autoencoder(down, up, seen[site] @ down.T, options.seed) for site, (down, up) in parts.items()}
     attach_rows(pipe, backbone, {site: rows for site, (rows, _) in fits.items()}, options, sparsifier="relu")
     errors, energies = zip(*(both for _, both in fits.values()), strict=True)
     return sum(errors) / max(sum(energies), 1e-12)
