@@ -66,6 +66,10 @@ METHODS: dict[str, Method] = {
 """Methods by name. The middle one of a rival's rates is its own until the search has chosen."""
 
 
+OURS = {"silence": 0.0, "nested": False}
+"""What a rival's training does not read, so that new defaults of ours leave its cells valid."""
+
+
 def parse(text: str) -> tuple[str, dict[str, Any]]:
     """`atoms:silence=0.01,n_atoms=64` as a method's name and the options that it changes."""
     name, _, rest = text.partition(":")
@@ -103,4 +107,5 @@ def options_of(text: str, size: int, **given: Any) -> TrainOptions:
     """
     name, changed = parse(text)
     method = METHODS[name]
-    return TrainOptions(**{"n_atoms": size, "lr": method.lr, **given, **method.options, **changed})
+    off = OURS if method.rival else {}
+    return TrainOptions(**{"n_atoms": size, "lr": method.lr, **off, **given, **method.options, **changed})
