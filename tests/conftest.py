@@ -1,6 +1,7 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -49,6 +50,22 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         family.build().save_pretrained(root / family.name)
         (root / family.name / "unrelated.txt").write_text("\n".join(UNRELATED) + "\n")
     return {family.name: root / family.name for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def pipes(bases: dict[str, Path]) -> dict[str, Any]:
+    """Those pipelines, opened."""
+    from atomtune.backbones import open_pipeline
+
+    return {name: open_pipeline(str(folder)) for name, folder in bases.items()}
+
+
+@pytest.fixture(scope="module")
+def shared(bases: dict[str, Path]) -> Any:
+    """Lumina2's alone; a test leaves it as it was."""
+    from atomtune.backbones import open_pipeline
+
+    return open_pipeline(str(bases["lumina2"]))
 
 
 @pytest.fixture(scope="session")

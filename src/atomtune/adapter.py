@@ -72,11 +72,11 @@ class Adapter:
         pictures, bit for bit. `strength`: a multiplier on the whole adapter, or a table of single atoms by name,
         which `atoms` is too. `steer`: strengths that hold at some times, places or words; all of them multiply.
         """
-        whole, single = (1.0, strength) if isinstance(strength, dict) else (strength, {})
+        whole, single = told(strength, atoms)
         if not math.isfinite(whole):
             raise UserError(f"`strength` must be a finite number, got {whole}.")
         ranked = self.atoms.by(formula).ranked
-        values = _atoms.dialled(ranked, density, single | (atoms or {}))
+        values = _atoms.dialled(ranked, density, single)
         scaled = {site: value * whole for site, value in values.items()}
         with _atoms.strengths(self.pipe, scaled, self.name), steered(self.pipe, steer, ranked, self.name):
             yield self
@@ -105,6 +105,12 @@ class Adapter:
     def remove(self) -> None:
         """Take the adapter off; the pipeline is the base again."""
         tuner.remove_adapter(self.pipe, self.name)
+
+
+def told(strength: float | dict[str, float], atoms: dict[str, float] | None) -> tuple[float, dict[str, float]]:
+    """The strength of the whole adapter, and those of single atoms by name, from what `using` is given."""
+    whole, single = (1.0, strength) if isinstance(strength, dict) else (strength, {})
+    return whole, single | (atoms or {})
 
 
 def load(pipe: Any, folder: str | Path, *, name: str = "default", allow_other_base: bool = False) -> Adapter:

@@ -20,7 +20,7 @@ from atomtune.backbones import Backbone, Conditioning, select
 from atomtune.effect import effects
 from atomtune.errors import UserError
 from atomtune.sparse import CodeStatistics
-from atomtune.tuner import AtomConfig, adapter_config, atom_layers, base_only, override_gate, prune, record, unwrap
+from atomtune.tuner import AtomConfig, adapter_config, atom_layers, base_only, open_gate, prune, record, unwrap
 from atomtune.tuner.mixture import same_base
 from atomtune.tuner.notes import Notes, notes
 from atomtune.tuner.store import read
@@ -176,11 +176,10 @@ def noised_pass(
     adapter: str,
 ) -> tuple[Tensor, Float[Tensor, " batch"], Tensor, dict[str, Tensor]]:
     """(x_s, s, prediction, codes by site) of pictures noised to one time in [0, 1], the adapter's gate open."""
-    gated = adapter_config(base, adapter).gate_input is not None
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     s = torch.full((len(latents),), time, device=latents.device)
     x = (1 - time) * latents + time * noise
-    with record(base, adapter) as recording, override_gate(base, 1.0 if gated else None, adapter):
+    with record(base, adapter) as recording, open_gate(base, adapter):
         predicted = backbone.predict(base, x, s, conditioning)
     return x, s, predicted, {site: calls[-1] for site, calls in recording.codes.items()}
 

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from atomtune.backbones import Backbone, Conditioning, select
-from atomtune.tuner import adapter_config, atom_layers, override_gate, unwrap
+from atomtune.tuner import atom_layers, open_gate, unwrap
 
 PASSES = 40
 """Forwards, each of one noised picture, with two backwards."""
@@ -42,8 +42,7 @@ def effects(
     generator = torch.Generator().manual_seed(seed)
     squares = {name: {site: torch.zeros(len(d)) for site, d in atoms.items()} for name in ("effect", "effect_beside")}
     areas = dict.fromkeys(squares, 0.0)
-    gated = adapter_config(base, adapter).gate_input is not None
-    with torch.enable_grad(), _trainable(atoms), override_gate(base, 1.0 if gated else None, adapter):
+    with torch.enable_grad(), _trainable(atoms), open_gate(base, adapter):
         for row, time in _passes(len(latents), times):
             clean, s = latents[row : row + 1], latents.new_full((1,), time, dtype=torch.float32)
             noise = torch.randn(clean.shape, generator=generator).to(clean)

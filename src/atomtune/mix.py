@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from atomtune import surgery, tuner
-from atomtune.adapter import Adapter, load
+from atomtune.adapter import Adapter, load, told
 from atomtune.atoms import Atom, Statistics, count
 from atomtune.backbones import backbone_of, denoiser
 from atomtune.errors import UserError
@@ -75,13 +75,13 @@ class Mixture(Adapter):
         steer: Mapping[str, Sequence[Steer]] | Sequence[Steer] = (),
     ) -> Iterator[Mixture]:
         """`Adapter.using`, `density` being a share of the atoms of all parts; `steer` is for all or by part."""
-        whole, single = (1.0, strength) if isinstance(strength, dict) else (strength, {})
+        whole, single = told(strength, atoms)
         steers = steer if isinstance(steer, Mapping) else dict.fromkeys(self.parts, steer)
         for name in steers.keys() - self.parts.keys():
             raise UserError(f"`steer`: the parts are {', '.join(self.parts)}, got {name!r}.")
         ranked = self.atoms.by(formula)
         first = ranked.top(count(density, len(ranked)))
-        chosen = [(ranked[name], value) for name, value in (single | (atoms or {})).items()]
+        chosen = [(ranked[name], value) for name, value in single.items()]
         with ExitStack() as stack:
             for name, part in self.parts.items():
                 share = sum(a.part == name for a in first) / sum(a.part == name for a in ranked)
@@ -210,12 +210,11 @@ def _moments(
     latents = torch.stack(generate(pipe, prompts, seed=seed, output_type="latent", **call))  # type: ignore[arg-type]
     conditioning = backbone.encode_prompts(pipe, list(prompts))
     generator = torch.Generator().manual_seed(seed)
-    gated = any(tuner.prompt_gate(base, name) is not None for name in mixture.parts)
     sums: dict[str, Tensor] = {}
     for time in TIMES:
         x = (1 - time) * latents + time * torch.randn(latents.shape, generator=generator).to(latents)
         with ExitStack() as stack:
-            stack.enter_context(tuner.override_gate(base, 1.0 if gated else None))
+            stack.enter_context(tuner.open_gate(base))
             seen = [stack.enter_context(tuner.record(base, name)).codes for name in mixture.parts]
             backbone.predict(base, x, torch.full((len(x),), time, device=x.device), conditioning)
         for path in dict.fromkeys(path for codes in seen for path in codes):

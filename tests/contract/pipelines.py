@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,7 @@ from transformers import (
 )
 
 from atomtune.scenes.model import TEXT_WIDTH, build_pipeline
+from atomtune.tuner import AtomConfig, atom_layers, attach, remove_adapter
 
 CAPTIONS = (
     "a big flat kite on a red background, on the left",
@@ -44,6 +46,18 @@ class Family:
     build: Callable[[], Any]
     sites: tuple[str, ...]
     """Ends of the names of some sites, one of each kind, for short runs."""
+
+
+@contextmanager
+def random_atoms(pipe: Any, **config: Any) -> Iterator[None]:
+    """Atoms of any size at its sites while it lasts; the last of each site never fires."""
+    torch.manual_seed(3)
+    attach(pipe.transformer, AtomConfig(**config))
+    for layer in atom_layers(pipe.transformer).values():
+        nn.init.normal_(layer.dictionary("default").atoms, std=0.3)
+        layer.dictionary("default").bias.data[-1] = 1e6
+    yield
+    remove_adapter(pipe.transformer)
 
 
 def randomize(model: nn.Module) -> None:

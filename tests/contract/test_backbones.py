@@ -27,11 +27,6 @@ OPTIONS = TrainOptions(concept="kite", class_noun="toy", steps=3, batch_size=2, 
 STEPS = 3
 
 
-@pytest.fixture(scope="module")
-def pipes(bases: dict[str, Path]) -> dict[str, Any]:
-    return {name: atomtune.open_pipeline(str(bases[name])) for name in NAMES}
-
-
 @pytest.fixture(params=NAMES)
 def pipe(pipes: dict[str, Any], request: pytest.FixtureRequest) -> Iterator[Any]:
     """A pipeline of the family, the base before and after."""

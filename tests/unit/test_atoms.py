@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pipelines import random_atoms
 
-import atomtune
 from atomtune.atoms import (
     FORMULAS,
     Atom,
@@ -23,27 +22,17 @@ from atomtune.atoms import (
 )
 from atomtune.backbones import backbone_of
 from atomtune.errors import UserError
-from atomtune.tuner import AtomConfig, atom_layers, attach, base_only, record, remove_adapter
+from atomtune.tuner import atom_layers, base_only, record
 
 SITES = ["layers.0.attn.to_q", "noise_refiner.0.attn.to_v", "context_refiner.0.attn.to_k"]
 PROMPTS = ["a big flat kite on a red background, on the left", "a kite"]
 TIMES = (0.2, 0.7)
 
 
-@pytest.fixture(scope="module")
-def shared(bases: dict[str, Path]) -> Any:
-    return atomtune.open_pipeline(str(bases["lumina2"]))
-
-
 @pytest.fixture
 def pipe(shared: Any) -> Iterator[Any]:
-    torch.manual_seed(3)
-    attach(shared.transformer, AtomConfig(n_atoms=5, target_modules=SITES, threshold=0.5))
-    for layer in atom_layers(shared.transformer).values():
-        torch.nn.init.normal_(layer.dictionary("default").atoms, std=0.3)
-        layer.dictionary("default").bias.data[4] = 1e6  # one atom that never fires
-    yield shared
-    remove_adapter(shared.transformer)
+    with random_atoms(shared, n_atoms=5, target_modules=SITES, threshold=0.5):
+        yield shared
 
 
 @pytest.fixture

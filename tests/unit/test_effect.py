@@ -1,38 +1,26 @@
 """The effect of an atom, against differences of whole predictions."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pipelines import random_atoms
 
-import atomtune
 from atomtune import effect
 from atomtune.atoms import strengths
 from atomtune.backbones import backbone_of, select
 from atomtune.effect import effects, spread
-from atomtune.tuner import AtomConfig, atom_layers, attach, remove_adapter
 
 SITES = ["layers.0.attn.to_q", "layers.0.attn.to_v", "context_refiner.0.attn.to_k"]
 PROMPTS = ["a big flat kite on a red background, on the left", "a kite"]
 STEP = 1e-2
 
 
-@pytest.fixture(scope="module")
-def shared(bases: dict[str, Path]) -> Any:
-    return atomtune.open_pipeline(str(bases["lumina2"]))
-
-
 @pytest.fixture
 def pipe(shared: Any) -> Iterator[Any]:
-    torch.manual_seed(3)
-    attach(shared.transformer, AtomConfig(n_atoms=3, target_modules=SITES, threshold=0.0))
-    for layer in atom_layers(shared.transformer).values():
-        torch.nn.init.normal_(layer.dictionary("default").atoms, std=0.3)
-        layer.dictionary("default").bias.data[2] = 1e6  # one atom that never fires
-    yield shared
-    remove_adapter(shared.transformer)
+    with random_atoms(shared, n_atoms=3, target_modules=SITES, threshold=0.0):
+        yield shared
 
 
 def test_it_is_the_change_of_the_prediction(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:

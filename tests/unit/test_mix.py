@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from pipelines import FAMILIES, lumina2
+from pipelines import lumina2
 
 import atomtune
 from atomtune import surgery
@@ -30,11 +30,6 @@ from atomtune.tuner.store import WEIGHTS
 PROMPTS = ["a big flat kite on a red background, on the left", "a kite"]
 SITES = {"lumina2": ["layers.0.attn.to_q", "to_out.0"], "sd3": ["transformer_blocks.0.attn.to_q", "to_add_out"]}
 SITE = SITES["lumina2"][0]
-
-
-@pytest.fixture(scope="module")
-def pipes(bases: dict[str, Path]) -> dict[str, Any]:
-    return {family.name: atomtune.open_pipeline(str(bases[family.name])) for family in FAMILIES}
 
 
 @pytest.fixture

@@ -38,11 +38,6 @@ paint, strips = checked(painting.paint), checked(painting.strips)
 density_curve, attribution = checked(painting.density_curve), checked(regions.attribution)
 
 
-@pytest.fixture(scope="module")
-def pipes(bases: dict[str, Path]) -> dict[str, Any]:
-    return {name: atomtune.open_pipeline(str(bases[name])) for name in SITES}
-
-
 @pytest.fixture(params=SITES)
 def pipe(pipes: dict[str, Any], request: pytest.FixtureRequest) -> Iterator[Any]:
     """A pipeline with random atoms at a site of each kind; the last of each site never fires."""

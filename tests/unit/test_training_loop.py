@@ -36,11 +36,6 @@ OPTIONS = TrainOptions(
 TERMS = {"task", "silence", "distill", "gate"}
 
 
-@pytest.fixture(scope="module")
-def shared(bases: dict[str, Path]) -> Any:
-    return atomtune.open_pipeline(str(bases["lumina2"]))
-
-
 @pytest.fixture
 def pipe(shared: Any) -> Iterator[Any]:
     yield shared

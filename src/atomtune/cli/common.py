@@ -46,3 +46,14 @@ def parse_strengths(pairs: tuple[str, ...]) -> dict[str, float]:
         except ValueError:
             raise UserError(f"`atom` must be like L17[137]=0.5, got {pair!r}.") from None
     return found
+
+
+def pairs(field: str, given: tuple[str, ...]) -> dict[str, Any]:
+    """Arguments like `name=value` as a table."""
+    found: dict[str, Any] = {}
+    for pair in given:
+        name, sign, value = (word.strip() for word in pair.partition("="))
+        if not sign or not name or name in found:
+            raise UserError(f"`{field}` must be like name=value, each name once, got {pair!r}.")
+        found[name] = value
+    return found

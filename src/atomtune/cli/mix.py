@@ -37,8 +37,7 @@ class Command:
         import atomtune
         from atomtune import mix, surgery
         from atomtune.adapter import base_of
-        from atomtune.cli.common import device_of
-        from atomtune.cli.surgery import pairs
+        from atomtune.cli.common import device_of, pairs
         from atomtune.errors import UserError
         from atomtune.tuner.mixture import check_parts
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -32,7 +32,7 @@ class Command:
 
     def run(self) -> None:
         from atomtune import surgery
-        from atomtune.cli.common import open_adapter
+        from atomtune.cli.common import open_adapter, pairs
         from atomtune.errors import UserError
         from atomtune.tuner.notes import save_notes
 
@@ -44,16 +44,3 @@ class Command:
             if names:
                 act(adapter, names)
         print(adapter.save(self.out) if self.out else save_notes(adapter.pipe, self.adapter, adapter.name))
-
-
-def pairs(field: str, given: tuple[str, ...]) -> dict[str, Any]:
-    """Arguments like `name=value` as a table."""
-    from atomtune.errors import UserError
-
-    found: dict[str, Any] = {}
-    for pair in given:
-        name, sign, value = (word.strip() for word in pair.partition("="))
-        if not sign or not name or name in found:
-            raise UserError(f"`{field}` must be like name=value, each name once, got {pair!r}.")
-        found[name] = value
-    return found

@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 from atomtune.atoms import Atom
 from atomtune.backbones import Backbone, Conditioning, backbone_of, select
 from atomtune.errors import UserError
-from atomtune.tuner import adapter_config, atom_layers, override_gate, record, unwrap
+from atomtune.tuner import atom_layers, open_gate, record, unwrap
 
 Codes = Float[np.ndarray, "times pictures _tokens"]
 Tables = tuple[dict[str, Codes], dict[str, Codes]]
@@ -52,13 +52,12 @@ def fired(
     base = unwrap(model)
     tables: Tables = ({}, {})
     tokens = math.prod(backbone.grid(base, latents))
-    gate = None if adapter_config(base, adapter).gate_input is None else 1.0
     generator = torch.Generator().manual_seed(seed)
     for number, time in enumerate(times):
         noise = torch.randn(latents.shape[1:], generator=generator).to(latents)
         for at in torch.arange(len(latents)).split(batch_size):
             given, s = select(conditioning, at), torch.full((len(at),), time, device=latents.device)
-            with record(base, adapter) as recording, override_gate(base, gate, adapter):
+            with record(base, adapter) as recording, open_gate(base, adapter):
                 backbone.predict(base, (1 - time) * latents[at] + time * noise, s, given)
             for atom in atoms:
                 codes = recording.codes[atom.path][-1][..., atom.row].float().cpu()

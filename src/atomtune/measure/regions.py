@@ -17,7 +17,7 @@ from atomtune.data.picture import to_tensor
 from atomtune.errors import UserError
 from atomtune.measure.maps import TIMES
 from atomtune.measure.painting import Dial, row_strengths
-from atomtune.tuner import adapter_config, override_gate
+from atomtune.tuner import open_gate
 
 
 def region(mask: Image.Image, size: tuple[int, int], grid: tuple[int, int]) -> Float[Tensor, " tokens"]:
@@ -62,14 +62,13 @@ def attribution(
     grid = backbone.grid(model, clean)
     weight = region(mask, picture.size, grid).to(clean.device)
     conditioning = backbone.encode_prompts(pipe, [prompt])
-    gate = None if adapter_config(model, adapter).gate_input is None else 1.0
     noise = torch.randn(len(times), *clean.shape[1:], generator=torch.Generator().manual_seed(seed)).to(clean)
     s = torch.tensor(times, device=clean.device)
     noised = torch.stack([(1 - t) * clean[0] + t * own for t, own in zip(s, noise, strict=True)])
 
     def predict(dials: Sequence[Dial]) -> Float[Tensor, "times rows ..."]:
         at = torch.arange(len(s)).repeat_interleave(len(dials))
-        with row_strengths(model, [*dials] * len(s), adapter), override_gate(model, gate, adapter):
+        with row_strengths(model, [*dials] * len(s), adapter), open_gate(model, adapter):
             v = backbone.predict(model, noised[at], s[at], select(conditioning, torch.zeros_like(at)))
         return v.float().unflatten(0, (len(s), len(dials)))
 

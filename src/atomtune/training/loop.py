@@ -37,7 +37,7 @@ from atomtune.tuner import (
     atom_layers,
     attach,
     base_only,
-    override_gate,
+    open_gate,
     prompt_gate,
     record,
     remove_adapter,
@@ -320,7 +320,7 @@ class Run:
             folder = self.run / "samples"
             folder.mkdir(exist_ok=True)
             # The gate is not calibrated yet: these prompts are the concept's, so it stands open.
-            with torch.no_grad(), override_gate(self.base, 1.0 if self.options.gated else None, NAME):
+            with torch.no_grad(), open_gate(self.base, NAME):
                 pictures = generate(self.pipe, prompts, seed=self.options.seed)
             for i, picture in enumerate(pictures):
                 picture.save(folder / f"step-{self.done:06d}-{i}.png")
@@ -343,7 +343,7 @@ class Run:
         terms: dict[str, float] = {}
         # The gate learns from labels; here it stands open, so that atoms learn to be silent themselves. In
         # backward too: gradient checkpointing runs the forward again.
-        with override_gate(self.base, 1.0 if o.gated else None, NAME), self._prefix(step):
+        with open_gate(self.base, NAME), self._prefix(step):
             for part in range(o.grad_accumulation):
                 losses = self._losses(self._micro(step, part))
                 l0 = losses.pop("l0")

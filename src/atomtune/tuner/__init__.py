@@ -1,7 +1,7 @@
 """The PEFT method: importing this package registers it, so that PEFT's own loaders know the files."""
 
 from .config import FORMAT_VERSION, AtomConfig
-from .gate import GateShares, PromptGate, hold_gate, override_gate, prompt_gate, read_gates
+from .gate import GateShares, PromptGate, hold_gate, open_gate, override_gate, prompt_gate, read_gates
 from .layer import AtomLinear
 from .model import (
     AtomModel,
@@ -37,6 +37,7 @@ __all__ = [
     "hold_gate",
     "load",
     "load_statistics",
+    "open_gate",
     "override_gate",
     "prompt_gate",
     "prune",

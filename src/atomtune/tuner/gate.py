@@ -275,6 +275,15 @@ def override_gate(
 
 
 @contextmanager
+def open_gate(model: nn.Module, adapter: str | None = None) -> Iterator[None]:
+    """Hold the gate of an adapter (None: of all) open, where it has one: what codes do by themselves."""
+    gates = _find(model)
+    gated = gates is not None and any(adapter in (None, name) for name in gates.gates)
+    with override_gate(model, 1.0 if gated else None, adapter):
+        yield
+
+
+@contextmanager
 def hold_gate(model: nn.Module, arguments: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
     """Keep the gates as a forward with these arguments has them, whatever the prompts of the forwards inside.
 
