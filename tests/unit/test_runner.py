@@ -18,7 +18,7 @@ import pytest
 
 from atomtune.compare import runner
 from atomtune.compare.cells import Cell, Outcome, Store
-from atomtune.compare.runner import rows, run, write_result
+from atomtune.compare.runner import restore, rows, run, write_result
 from atomtune.errors import UserError
 
 # What the children import. A cell does what its task says, and leaves a line in the file `trace`.
@@ -472,12 +472,32 @@ def some_outcomes() -> list[Outcome]:
 
 def test_rows_tell_what_failed() -> None:
     found = rows(some_outcomes())
+    good, bad = (outcome.cell.key for outcome in some_outcomes())
     assert found == [
-        {"task": "style", "method": "lora at half", "subject": "kite", "seed": 1, "score": 0.5},
-        {"task": "style", "method": "lora", "subject": "kite", "seed": 1, "score": None},
-        {"task": "style", "method": "dora", "subject": "kite", "seed": 2, "error": "killed by signal 9"},
+        {"task": "style", "method": "lora at half", "subject": "kite", "seed": 1, "cell": good, "score": 0.5},
+        {"task": "style", "method": "lora", "subject": "kite", "seed": 1, "cell": good, "score": None},
+        {"task": "style", "method": "dora", "subject": "kite", "seed": 2, "cell": bad, "error": "killed by signal 9"},
     ]
-    assert list(found[0]) == ["task", "method", "subject", "seed", "score"]
+    assert list(found[0]) == ["task", "method", "subject", "seed", "cell", "score"]
+
+
+def test_a_grid_goes_on_from_its_stored_result_alone(tmp_path: Path) -> None:
+    outcomes = some_outcomes()
+    cells = [outcome.cell for outcome in outcomes]
+    path = tmp_path / "result.json"
+    assert restore(path, cells, tmp_path / "a") == 0
+    write_result(path, "c", rows(outcomes), 1.0, outcomes=outcomes)
+    assert restore(path, cells, tmp_path / "a") == 1  # the failed one is measured again
+    kept = Store(tmp_path / "a").read(cells[0])
+    assert kept is not None
+    again = tmp_path / "again.json"
+    write_result(again, "c", rows([kept, outcomes[1]]), 1.0, outcomes=[kept], started="then")
+    assert json.loads(again.read_text())["rows"] == json.loads(path.read_text())["rows"]
+    assert json.loads(again.read_text())["cells"] == json.loads(path.read_text())["cells"]
+    assert restore(path, cells, tmp_path / "a") == 0
+    path.write_text(path.read_text()[:-30])
+    with pytest.raises(UserError, match=r"`results` holds result.json, which is no whole result"):
+        restore(path, cells, tmp_path / "b")
 
 
 def test_a_result_file_has_the_fields_of_the_others(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from atomtune.compare import plots, tables
 from atomtune.compare.cells import Cell
 from atomtune.compare.methods import BASE, METHODS, options_of, parse
 from atomtune.compare.runner import rows as rows_of
-from atomtune.compare.runner import run, write_result
+from atomtune.compare.runner import restore, run, write_result
 from atomtune.compare.tasks import TASKS
 from atomtune.errors import UserError
 from atomtune.files import write_whole
@@ -120,10 +120,13 @@ def compare(
 ) -> Path:
     """Measure what is missing, then write `name`.json, its tables and its figures in `results`; returns the table.
 
-    Finished cells and trained methods are kept in `out`, which any number of runs may share.
+    Finished cells and trained methods are kept in `out`, which any number of runs may share; cells that the stored
+    result of that name holds are not measured again either.
     """
     begin = time.monotonic()
-    cells = grid.cells()
+    cells, folder = grid.cells(), results or out / "results"
+    if not again and (restored := restore(folder / f"{name}.json", cells, out)):
+        print(f"{restored} cells are taken from {folder / f'{name}.json'}", file=sys.stderr)
     outcomes = run(
         cells,
         "atomtune.compare.measure:work",
@@ -142,11 +145,10 @@ def compare(
             f"warning: these cells were measured by {len(codes)} versions of the code; --again renews them",
             file=sys.stderr,
         )
-    folder = results or out / "results"
     folder.mkdir(parents=True, exist_ok=True)
     spent = sum(o.seconds for o in outcomes) or time.monotonic() - begin
     rows = rows_of(outcomes)
-    write_result(folder / f"{name}.json", command, rows, spent)
+    write_result(folder / f"{name}.json", command, rows, spent, outcomes=outcomes)
     return write_report(rows, grid.task, folder, name, command)
 
 
