@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from atomtune import atoms as _atoms
 from atomtune import tuner
@@ -65,12 +67,15 @@ class Adapter:
         formula: str = "effect",
         atoms: dict[str, float] | None = None,
         steer: Sequence[Steer] = (),
+        contain: float = 0.0,
     ) -> Iterator[Adapter]:
         """Turn the dials for a while.
 
         `density`: share of all atoms that take part, the most important first by `formula`; 0 gives the base's
         pictures, bit for bit. `strength`: a multiplier on the whole adapter, or a table of single atoms by name,
         which `atoms` is too. `steer`: strengths that hold at some times, places or words; all of them multiply.
+        `contain`: an atom fires only where its code is above this share of the most that it reached on unrelated
+        pictures; at 1 it is silent on all of those.
         """
         whole, single = told(strength, atoms)
         if not math.isfinite(whole):
@@ -78,8 +83,23 @@ class Adapter:
         ranked = self.atoms.by(formula).ranked
         values = _atoms.dialled(ranked, density, single)
         scaled = {site: value * whole for site, value in values.items()}
-        with _atoms.strengths(self.pipe, scaled, self.name), steered(self.pipe, steer, ranked, self.name):
+        with ExitStack() as stack:
+            stack.enter_context(_atoms.strengths(self.pipe, scaled, self.name))
+            stack.enter_context(steered(self.pipe, steer, ranked, self.name))
+            if contain:
+                stack.enter_context(_atoms.contained(self.pipe, self._floors(contain), self.name))
             yield self
+
+    def _floors(self, contain: float) -> dict[str, Tensor]:
+        if not (math.isfinite(contain) and contain >= 0):
+            raise UserError(f"`contain` must be 0 or more, got {contain}.")
+        missing = [site for site, s in self.statistics.items() if "reach" not in s]
+        if missing:
+            raise UserError(
+                f"`contain` needs what atoms reach on unrelated pictures, which {self.name} was saved without "
+                f"(at {missing[0]}). Train it with unrelated pictures."
+            )
+        return {site: contain * s["reach"] for site, s in self.statistics.items()}
 
     def prune(self, keep: float | int, formula: str = "effect") -> int:
         """Keep a share (a float in (0, 1]) or a number (an int) of the atoms for good; returns how many."""

@@ -121,6 +121,33 @@ def measure(
     return {site: _tensors(s, layers[site], adapter) | change[site] for site, s in collected.items()}
 
 
+@torch.no_grad()
+def reaches(
+    model: nn.Module,
+    backbone: Backbone,
+    latents: Tensor,
+    conditioning: Conditioning,
+    *,
+    adapter: str = "default",
+    times: Sequence[float] = (0.1, 0.3, 0.5, 0.7, 0.9),
+    repeats: int = 2,
+    seed: int = 0,
+) -> dict[str, dict[str, Float[Tensor, " atoms"]]]:
+    """By site, each atom's `reach`: its largest code on noised pictures that have nothing to do with the concept."""
+    base = unwrap(model)
+    found = {site: torch.zeros(layer.r[adapter]) for site, layer in atom_layers(base, adapter).items()}
+    generator = torch.Generator().manual_seed(seed)
+    tokens = math.prod(backbone.grid(base, latents))
+    for rows in torch.arange(len(latents)).split(CHUNK):
+        given = select(conditioning, rows)
+        for time in (t for t in times for _ in range(repeats)):
+            codes = noised_pass(base, backbone, latents[rows], given, time, generator, adapter)[-1]
+            for site, values in codes.items():
+                highest = values[backbone.layout(site, given, tokens).real].abs().amax(0)
+                found[site] = torch.maximum(found[site], highest.float().cpu())
+    return {site: {"reach": values} for site, values in found.items()}
+
+
 class Seen(NamedTuple):
     """What a site's atoms did at all real positions, and at those of the picture, where the subject is known."""
 
@@ -290,6 +317,23 @@ def strengths(model: Any, values: Mapping[str, float | Tensor], adapter: str = "
     finally:
         for site, value in before.items():
             layers[site].atom_strength[adapter].copy_(value)
+
+
+@contextmanager
+def contained(model: Any, floors: Mapping[str, Float[Tensor, " atoms"]], adapter: str = "default") -> Iterator[None]:
+    """Keep codes off, for a while, that are not above their atom's floor: by site."""
+    layers = atom_layers(model, adapter)
+    before = {site: layers[site].floors.get(adapter) for site in floors}
+    try:
+        for site, floor in floors.items():
+            layers[site].floors[adapter] = floor.to(layers[site].atom_strength[adapter].device)
+        yield
+    finally:
+        for site, old in before.items():
+            if old is None:
+                del layers[site].floors[adapter]
+            else:
+                layers[site].floors[adapter] = old
 
 
 def dialled(

@@ -73,6 +73,7 @@ class Mixture(Adapter):
         formula: str = "effect",
         atoms: dict[str, float] | None = None,
         steer: Mapping[str, Sequence[Steer]] | Sequence[Steer] = (),
+        contain: float = 0.0,
     ) -> Iterator[Mixture]:
         """`Adapter.using`, `density` being a share of the atoms of all parts; `steer` is for all or by part."""
         whole, single = told(strength, atoms)
@@ -86,7 +87,7 @@ class Mixture(Adapter):
             for name, part in self.parts.items():
                 share = sum(a.part == name for a in first) / sum(a.part == name for a in ranked)
                 own = {replace(a, part="").name: value for a, value in chosen if a.part == name}
-                stack.enter_context(part.using(share, whole, formula, own, steer=steers.get(name, ())))
+                stack.enter_context(part.using(share, whole, formula, own, steer=steers.get(name, ()), contain=contain))
             yield self
 
     def keep(self, left: Sequence[Atom]) -> int:

@@ -37,6 +37,8 @@ class Command:
     """Limit to what is white in this gray picture, of any size; for the picture's tokens."""
     words: str | None = None
     """Limit to these words of the prompts; for the prompts' tokens."""
+    contain: float = 0.0
+    """How contained atoms are: each fires only above this share of what it reached on unrelated pictures; 0 to 1."""
     steps: int | None = None
     """Steps of the sampler. None: the pipeline's default."""
     guidance: float | None = None
@@ -55,7 +57,7 @@ class Command:
 
         dials = self._dials()
         adapter = open_adapter(self.adapter, self.base, self.allow_other_base, self.device)
-        with adapter.using(density=self.density, **dials):
+        with adapter.using(density=self.density, contain=self.contain, **dials):
             pictures = atomtune.generate(
                 adapter.pipe, self.prompts, seed=self.seed, steps=self.steps, guidance=self.guidance
             )

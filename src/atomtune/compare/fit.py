@@ -84,7 +84,7 @@ class Knob:
     """How a trained method is turned down, and how far."""
 
     name: str = "full"
-    """full, scale, atoms (a density, by a formula), purity (a threshold), or random (a density)."""
+    """full, scale, contain, atoms (a density, by a formula), purity (a threshold), or random (a density)."""
     value: float = 1.0
     formula: str | None = None
 
@@ -110,6 +110,8 @@ class Tuned:
         assert self.adapter is not None
         if knob.name == "scale":
             return self.adapter.using(strength=knob.value)
+        if knob.name == "contain":
+            return self.adapter.using(contain=knob.value)
         if knob.name == "atoms":
             return self.adapter.using(density=knob.value, formula=knob.formula or "effect")
         chosen = (pure if knob.name == "purity" else at_random)(self.adapter, knob.value)

@@ -27,6 +27,9 @@ STRENGTHS = (FULL, Knob("scale", 1.2), Knob("scale", 1.4))
 DIALS = (*(Knob("atoms", v, "effect") for v in (0.5, 0.25, 0.1)), Knob("atoms", 0.25, "mean"), Knob("scale", 0.8))
 """Turned there on methods that have components."""
 
+CONTAINED = tuple(Knob("contain", v) for v in (0.5, 0.75, 1.0))
+"""Turned there on the same, any gate held open: what codes contain by themselves."""
+
 SCALES = tuple(Knob("scale", v) for v in (0.9, 0.8, 0.6))
 FORMULAS = ("effect", "mean", "purity")
 EDIT_KNOBS = (
@@ -137,23 +140,26 @@ def _learned(cell: Cell, studio: Studio, lesson: Lesson, asks: list[Ask], learne
     tuned = _tuned(cell, studio, lesson)
     same = tuned.gated and tuned.wide_open([a.words for a in asks])
     shut: Row | None = None
-    for knob in STRENGTHS:
-        for gate in _gates(tuned):
-            with _at(tuned, knob, gate):
-                if gate is not False or not same:
-                    pictures = studio.paint(asks, noise)
-                # A gate that was shut for all that is not the concept is so at every strength.
-                if not gate or shut is None:
-                    outside = tasks.leak(base_quiet, studio.paint(quiet, LEAK_SEED), quiet)
-                    whole = outside["silence"]
-                    if nouns:
-                        beyond = tasks.leak(base_nouns, studio.paint(nouns, CLASS_SEED), nouns)
-                        outside["bleed"], whole = beyond["drift"], min(whole, beyond["silence"])
-                    shut = outside if gate and whole == 1 else shut
-                else:
-                    outside = shut
-            row = tuned.facts | _knob(knob, gate) | tasks.score(pictures, asks, learned)
-            yield row | tasks.inner_leak(neighbours, pictures[: len(pairs)], pairs) | outside
+    opened = False if tuned.gated else None
+    points = [(knob, gate) for knob in STRENGTHS for gate in _gates(tuned)]
+    if tuned.adapter is not None and cell.config["dials"]:
+        points += [(knob, opened) for knob in CONTAINED]
+    for knob, gate in points:
+        with _at(tuned, knob, gate):
+            if gate is not False or not same or knob.name == "contain":
+                pictures = studio.paint(asks, noise)
+            # A gate that was shut for all that is not the concept is so at every strength.
+            if not gate or shut is None:
+                outside = tasks.leak(base_quiet, studio.paint(quiet, LEAK_SEED), quiet)
+                whole = outside["silence"]
+                if nouns:
+                    beyond = tasks.leak(base_nouns, studio.paint(nouns, CLASS_SEED), nouns)
+                    outside["bleed"], whole = beyond["drift"], min(whole, beyond["silence"])
+                shut = outside if gate and whole == 1 else shut
+            else:
+                outside = shut
+        row = tuned.facts | _knob(knob, gate) | tasks.score(pictures, asks, learned)
+        yield row | tasks.inner_leak(neighbours, pictures[: len(pairs)], pairs) | outside
     if tuned.adapter is not None and cell.config["dials"]:
         for knob in DIALS:
             gate = True if tuned.gated else None

@@ -66,7 +66,7 @@ METHODS: dict[str, Method] = {
 """Methods by name. The middle one of a rival's rates is its own until the search has chosen."""
 
 
-OURS = {"silence": 0.0, "nested": False}
+OURS = {"silence": 0.0, "nested": False, "contain": False}
 """What a rival's training does not read, so that new defaults of ours leave its cells valid."""
 
 

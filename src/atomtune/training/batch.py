@@ -27,6 +27,8 @@ class Batch:
     velocity: Tensor
     """What the model should predict of `x`."""
     conditioning: Conditioning
+    picks: Tensor
+    """Which of the unrelated pictures, as indices into the material."""
 
     @property
     def concept(self) -> slice:
@@ -49,6 +51,7 @@ def draw(
     """Micro-batch number `micro`; unrelated pictures, times and noise come from the generator."""
     rows = torch.tensor(batch_at(micro, len(material.latents), options.batch_size, options.seed))
     latents, conditioning = material.latents[rows], select(material.conditioning, rows)
+    picks = torch.empty(0, dtype=torch.long)
     if options.unrelated_rows:
         picks = torch.randint(len(material.unrelated_latents), (options.unrelated_rows,), generator=generator)
         latents = torch.cat([latents, material.unrelated_latents[picks]])
@@ -56,7 +59,7 @@ def draw(
     s = objective.DENSITIES[backbone.density](len(latents), generator).to(latents.device)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     x, velocity = objective.noised(latents, s, noise)
-    return Batch(rows, x, s, velocity, conditioning)
+    return Batch(rows, x, s, velocity, conditioning, picks)
 
 
 def generator_of(options: TrainOptions, micro: int) -> torch.Generator:

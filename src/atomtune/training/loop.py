@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from atomtune.adapter import Adapter
-from atomtune.atoms import measure, order_by_importance, strengths
-from atomtune.backbones import Backbone, Conditioning, backbone_of, base_name, denoiser
+from atomtune.atoms import contained, measure, order_by_importance, reaches, strengths
+from atomtune.backbones import Backbone, Conditioning, backbone_of, base_name, denoiser, select
 from atomtune.data.folder import Scan
 from atomtune.errors import UserError
 from atomtune.sampling import generate
 from atomtune.sparse import anneal_k, dead_atoms
 from atomtune.training import checkpoints, gating, objective
-from atomtune.training.batch import draw, generator_of
+from atomtune.training.batch import Batch, draw, generator_of
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import Material, prepare
 from atomtune.training.start import from_activations
@@ -48,6 +48,10 @@ ANNEAL = 0.4
 """Share of the steps over which k falls from all atoms to `k`."""
 DEAD_AFTER = 50
 """Micro-batches without firing after which the dead-atom term pulls an atom up."""
+CONTAIN_FROM = 0.2
+"""Share of the steps before `contain` begins: by then codes tell the concept from the rest."""
+FORGET = 0.99
+"""What is left, a micro-batch later, of what an atom reached on unrelated pictures."""
 
 
 def train(
@@ -171,6 +175,9 @@ def conclude(
     base = denoiser(pipe)
     gate_report = gating.calibrate(base, backbone, material, NAME) if options.gated else {}
     statistics = measure(base, backbone, material.latents, material.conditioning, masks=material.masks)
+    far = torch.arange(material.class_pictures, len(material.unrelated_latents))
+    reach = reaches(base, backbone, material.unrelated_latents[far], select(material.unrelated_conditioning, far))
+    statistics = {site: found | reach[site] for site, found in statistics.items()}
     return Adapter(pipe, order_by_importance(base, statistics)), gate_report
 
 
@@ -235,6 +242,7 @@ class Run:
         self.optimizer = self._optimizer()
         self.done = 0
         self.silent_for: dict[str, Tensor] = {}
+        self.reach: dict[str, Tensor] = {}
 
     def _optimizer(self) -> torch.optim.Optimizer:
         layers = atom_layers(self.base, NAME)
@@ -294,9 +302,10 @@ class Run:
 
     def _state(self) -> dict[str, Tensor]:
         """What the next step depends on beside the adapter and its optimizer."""
-        silent = {f"silent_for.{site}": steps for site, steps in self.silent_for.items()}
+        kept = {"silent_for": self.silent_for, "reach": self.reach}
+        atoms = {f"{kind}.{site}": values for kind, found in kept.items() for site, values in found.items()}
         scaler = {f"scaler.{name}": torch.tensor(value) for name, value in self.scaler.state_dict().items()}
-        return silent | scaler
+        return atoms | scaler
 
     def _set_state(self, state: dict[str, Tensor]) -> None:
         scaler = {}
@@ -305,7 +314,7 @@ class Run:
             if kind == "scaler":
                 scaler[name] = value.item()
             else:
-                self.silent_for[name] = value.to(self.device)
+                getattr(self, kind)[name] = value.to(self.device)
         if scaler:
             self.scaler.load_state_dict(scaler)
 
@@ -343,7 +352,7 @@ class Run:
         terms: dict[str, float] = {}
         # The gate learns from labels; here it stands open, so that atoms learn to be silent themselves. In
         # backward too: gradient checkpointing runs the forward again.
-        with open_gate(self.base, NAME), self._prefix(step):
+        with open_gate(self.base, NAME), self._taking_part(step):
             for part in range(o.grad_accumulation):
                 losses = self._losses(self._micro(step, part))
                 l0 = losses.pop("l0")
@@ -358,17 +367,36 @@ class Run:
                 p.grad = reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
         return terms
 
-    def _prefix(self, step: int) -> AbstractContextManager[None]:
-        """With `nested`, only the first atoms of each site take part; how many is drawn anew each step."""
-        if not self.options.nested:
-            return nullcontext()
-        share = torch.rand((), generator=generator_of(self.options, step)).item()
-        values = {}
-        for site, layer in atom_layers(self.base, NAME).items():
-            strength = torch.zeros(layer.r[NAME])
-            strength[: math.ceil(share * len(strength))] = 1
-            values[site] = strength
-        return strengths(self.base, values, NAME)
+    def _taking_part(self, step: int) -> ExitStack:
+        """Which atoms take part in a step, and from which code on, as lots drawn anew each step say.
+
+        With `nested`, only the first atoms of each site; with `contain`, in half of the steps, only codes above a
+        share of what the atom reached on unrelated pictures.
+        """
+        generator, stack = generator_of(self.options, step), ExitStack()
+        share, lot = (torch.rand((), generator=generator).item() for _ in range(2))
+        if self.options.nested:
+            values = {}
+            for site, layer in atom_layers(self.base, NAME).items():
+                strength = torch.zeros(layer.r[NAME])
+                strength[: math.ceil(share * len(strength))] = 1
+                values[site] = strength
+            stack.enter_context(strengths(self.base, values, NAME))
+        if self.options.contain and step > CONTAIN_FROM * self.options.steps and lot > 0.5:
+            floors = {site: (2 * lot - 1) * reach for site, reach in self.reach.items()}
+            stack.enter_context(contained(self.base, floors, NAME))
+        return stack
+
+    @torch.no_grad()
+    def _follow(self, codes: dict[str, list[Tensor]], batch: Batch, tokens: int) -> None:
+        """What atoms reach on unrelated pictures, those of the class left out: they may well be like the concept."""
+        far = torch.arange(len(batch.x)) >= len(batch.rows)
+        far[batch.others] = batch.picks >= self.material.class_pictures
+        for site, calls in codes.items():
+            real = self.backbone.layout(site, batch.conditioning, tokens).real & far.to(self.device)[:, None]
+            before = FORGET * self.reach.get(site, calls[-1].new_zeros(calls[-1].shape[-1], dtype=torch.float32))
+            seen = calls[-1][real].abs().float()
+            self.reach[site] = torch.maximum(before, seen.amax(0)) if len(seen) else before
 
     def parameters(self) -> list[nn.Parameter]:
         """What the optimizer trains."""
@@ -410,6 +438,8 @@ class Run:
         if o.unrelated_rows and o.silence:
             quiet = objective.silence(recording, backbone, batch.conditioning, tokens, others, o.margin)
             losses["silence"] = o.silence * quiet
+        if o.unrelated_rows and o.contain:
+            self._follow(recording.codes, batch, tokens)
         if o.inner:
             around = objective.around(recording, backbone, batch.conditioning, 1 - m.masks[batch.rows], o.margin)
             losses["inner"] = o.inner * around

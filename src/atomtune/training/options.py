@@ -57,6 +57,9 @@ class TrainOptions:
     """Weight on the squared difference to the base's prediction on unrelated pictures."""
     nested: bool = True
     """Train a random prefix of every dictionary each step, so that a share of the atoms works by itself."""
+    contain: bool = True
+    """In half of the steps atoms fire only above a share, drawn by lot, of what they reach on unrelated pictures, so
+    that the dial `contain` of a trained adapter costs less."""
     dead: float = 0.0
     """Weight on waking atoms that have not fired for 50 steps."""
     gate: bool = True

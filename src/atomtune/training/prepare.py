@@ -34,6 +34,8 @@ class Material:
     """Share of each picture token on the subject: from the user's masks, or where the base is surprised."""
     unrelated_latents: Tensor
     unrelated_conditioning: Conditioning
+    class_pictures: int
+    """How many of the unrelated pictures, the first, show the concept's class."""
     gate_concept: Conditioning
     """Prompts that must open the gate."""
     gate_unrelated: Conditioning
@@ -89,6 +91,7 @@ def prepare(pipe: Any, backbone: Backbone, data: Path, options: TrainOptions, ru
         masks=masks,
         unrelated_latents=unrelated,
         unrelated_conditioning=encode(spoken(painted)),
+        class_pictures=len(of_class(captions, options)),
         gate_concept=encode(opening) if options.gated else {},
         gate_unrelated=encode(shutting) if options.gated else {},
         gate_held_out=encode(("", *held_out)) if options.gated else {},
@@ -128,13 +131,16 @@ def unrelated_list(pipe: Any, options: TrainOptions) -> tuple[str, ...]:
 
 
 def pictured(captions: tuple[str, ...], unrelated: tuple[str, ...], options: TrainOptions) -> tuple[str, ...]:
-    """The prompts of the base's own pictures: a quarter say the class noun where captions say the concept's name."""
-    name, noun = options.concept, options.class_noun
-    number = options.unrelated_pictures
+    """The prompts of the base's own pictures: those of the class, then unrelated ones."""
+    return (*of_class(captions, options), *unrelated)[: options.unrelated_pictures]
+
+
+def of_class(captions: tuple[str, ...], options: TrainOptions) -> tuple[str, ...]:
+    """A quarter of the prompts: captions that say the class noun where they said the concept's name."""
+    name, noun, number = options.concept, options.class_noun, options.unrelated_pictures
     near = [_replace(c, name, noun) for c in captions if _mentions(c, name)] if name and noun else []
     # With few captions each is painted several times, every time from another noise.
-    near = (near * number)[: number // 4]
-    return (*near, *unrelated)[:number]
+    return tuple((near * number)[: number // 4])
 
 
 def spoken(painted: tuple[str, ...]) -> tuple[str, ...]:

@@ -55,7 +55,8 @@ class AtomLayer(BaseTunerLayer):
 class AtomLinear(nn.Module, AtomLayer):
     """W x + strength * codes(x) D, summed over the active adapters.
 
-    Codes are multiplied by four things: `scaling[adapter]` (PEFT's and diffusers' adapter weight),
+    Codes at or below `floors[adapter]`, where there is one, (n_atoms,), are off; a context sets it. What is left is
+    multiplied by four things: `scaling[adapter]` (PEFT's and diffusers' adapter weight),
     `atom_strength[adapter]` (one number an atom, ones at start, never saved), the adapter's prompt gate, and, where
     there is one, `steering[adapter]`, broadcastable to (rows, positions, n_atoms), which a steering sets each forward.
     Where all codes are zero the output is the base layer's, bit for bit (torch.equal).
@@ -64,7 +65,7 @@ class AtomLinear(nn.Module, AtomLayer):
     """
 
     adapter_layer_names = ("atom_dictionary",)
-    other_param_names = ("r", "scaling", "atom_strength", "gates", "steering")
+    other_param_names = ("r", "scaling", "atom_strength", "gates", "steering", "floors")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -79,6 +80,7 @@ class AtomLinear(nn.Module, AtomLayer):
         self.r: dict[str, int] = {}  # diffusers reads adapter names here
         self.gates: dict[str, GateValues] = {}
         self.steering: dict[str, Tensor] = {}
+        self.floors: dict[str, Tensor] = {}
         self.recorders: dict[str, list[tuple[list[Tensor], list[Tensor]]]] = {}
 
     def update_layer(self, adapter: str, config: AtomConfig, n_atoms: int) -> None:
@@ -175,6 +177,8 @@ class AtomLinear(nn.Module, AtomLayer):
             for seen_pre_codes, seen_codes in self.recorders[adapter]:
                 seen_pre_codes.append(pre_codes)
                 seen_codes.append(codes)
+        if adapter in self.floors:
+            codes = codes.masked_fill(codes.abs() <= self.floors[adapter], 0)
         factor = self.atom_strength[adapter] * self.scaling[adapter]
         if adapter in self.gates:
             gate = self.gates[adapter].read(adapter)
