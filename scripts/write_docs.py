@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from atomtune.cli import COMMANDS
+from atomtune.compare.tables import markdown, summarise
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -77,7 +78,49 @@ def demo_table() -> str:
     return "\n".join([*lines, "", after, "", f"`{command}`"])
 
 
-TABLES = {"scenes": scenes_table, "demo": demo_table}
+OPENED = "gate held open"
+
+
+def chosen(task: str, points: dict[str, dict[str, Any]], columns: tuple[str, ...]) -> str:
+    """A table of some operating points of a comparison: by the name they get, the columns that tell them."""
+    rows, command = rows_of(task)
+    summary = summarise(rows)
+    entries = []
+    for name, wanted in points.items():
+        found = [e for e in summary if all(e.get(key) == value for key, value in wanted.items())]
+        if len(found) != 1:
+            raise SystemExit(f"benchmarks/results/{task}.json has {len(found)} operating points for {name!r}")
+        entries.append(found[0] | {"point": name, "place": len(entries)})
+    return markdown(entries, columns, {"point": ""}, order="place", command=command)
+
+
+def customization_table() -> str:
+    full = {"knob": "full", "gate": False}
+    points = {
+        "base": {"method": "base"},
+        f"LoRA, {OPENED}": {"method": "lora", **full},
+        f"atoms, {OPENED}": {"method": "atoms", **full},
+        "the same, contained by half": {"method": "atoms", "knob": "contain", "knob_value": 0.5},
+        "the same, contained": {"method": "atoms", "knob": "contain", "knob_value": 1.0},
+        "LoRA, its gate on": {"method": "lora", "knob": "full", "gate": True},
+        "atoms, their gate on": {"method": "atoms", "knob": "full", "gate": True},
+    }
+    columns = ("similarity", "object_accuracy", "alignment", "drift", "pixel_drift", "bleed", "inner_leak", "silence")
+    return chosen("customization", points, columns)
+
+
+def kept_table() -> str:
+    names = {"lora": "LoRA's components", "atoms": "atoms"}
+    points = {}
+    for method, name in names.items():
+        points[f"{name}, all"] = {"method": method, "knob": "full", "gate": True}
+        for share in (0.5, 0.25, 0.1):
+            kept = {"knob": "atoms", "formula": "effect", "knob_value": share}
+            points[f"{name}, {share:.0%} by effect"] = {"method": method, **kept}
+    return chosen("customization", points, ("similarity", "object_accuracy", "alignment", "inner_leak"))
+
+
+TABLES = {"scenes": scenes_table, "demo": demo_table, "customization": customization_table, "kept": kept_table}
 
 
 def readme() -> str:
