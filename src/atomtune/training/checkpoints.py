@@ -102,13 +102,17 @@ def restore(folder: Path, model: Any, optimizer_of: Callable[[], Any], adapter: 
     remove_adapter(model, adapter)
     attach(folder / "adapter", model, adapter)
     optimizer = optimizer_of()
-    tensors = safetensors.torch.load_file(folder / OPTIMIZER)
-    plain = _unpack(json.loads((folder / OPTIMIZER_PLAIN).read_text(encoding="utf-8")), tensors)
-    # What can't be written, such as a function, is the fresh one's.
+    plain = json.loads((folder / OPTIMIZER_PLAIN).read_text(encoding="utf-8"))
+    load_optimizer(optimizer, plain, safetensors.torch.load_file(folder / OPTIMIZER))
+    return optimizer, safetensors.torch.load_file(folder / LOOP)
+
+
+def load_optimizer(optimizer: Any, packed: Any, tensors: dict[str, Tensor]) -> None:
+    """Put a packed state into an optimizer; what can't be packed, such as a function, stays its own."""
+    plain = _unpack(packed, tensors)
     fresh = optimizer.state_dict()["param_groups"]
     groups = [new | old for new, old in zip(fresh, plain["param_groups"], strict=True)]
     optimizer.load_state_dict({"state": plain["state"], "param_groups": groups})
-    return optimizer, safetensors.torch.load_file(folder / LOOP)
 
 
 def attach(folder: Path, model: Any, adapter: str) -> None:
