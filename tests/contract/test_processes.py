@@ -56,9 +56,7 @@ def test_a_shared_base_trains_validates_samples_and_saves(bases: dict[str, Path]
     config = json.loads((run / "adapter_config.json").read_text())
     assert not config["base_fingerprint"].startswith("partial:"), "it was read while the base was whole"
     assert (run / "samples/step-000002-0.png").is_file()
-    logs = [
-        [json.loads(line) for line in (run / name).read_text().splitlines()] for name in ("log.jsonl", "log-1.jsonl")
-    ]
-    scores = [[row["validation_score"] for row in log] for log in logs]
+    logs = [(run / name).read_text().splitlines() for name in ("log.jsonl", "log-1.jsonl")]
+    scores = [[json.loads(line)["validation_score"] for line in lines] for lines in logs]
     assert scores[0] == scores[1]
     assert len(scores[0]) == 2

@@ -81,7 +81,7 @@ def test_a_run_that_is_being_trained_is_left_alone_and_a_dead_one_is_recognised(
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match="is being trained by process .*, at step 40"), run_folder.held(run):
+        with pytest.raises(UserError, match=r"is being trained by process .*, at step 40"), run_folder.held(run):
             pass
         with pytest.raises(UserError, match=r"not empty: .* is training there\)"):
             run_folder.check_free(run, TrainOptions())

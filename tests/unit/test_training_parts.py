@@ -42,7 +42,7 @@ def test_the_essence_leaves_out_what_is_off_and_nothing_else() -> None:
 
 
 def test_an_unknown_option_of_a_saved_run_is_an_error() -> None:
-    with pytest.raises(UserError, match="Unknown option 'stepz'.* Did you mean `steps`"):
+    with pytest.raises(UserError, match=r"Unknown option 'stepz'.* Did you mean `steps`"):
         TrainOptions.from_json('{"stepz": 9}')
     with pytest.raises(UserError, match="`steps` of a saved run must be int, got 'many'"):
         TrainOptions.from_json('{"steps": "many"}')
