@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from atomtune.training.loop import Run

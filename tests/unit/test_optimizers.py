@@ -147,7 +147,7 @@ def test_the_mean_is_that_of_diffusers() -> None:
     parameter = nn.Parameter(torch.zeros(3))
     ours = Ema([parameter], 0.9)
     theirs = EMAModel([parameter], decay=0.9)
-    theirs.optimization_step = 1  # it does not count its first update
+    ours.updates = theirs.optimization_step = 1  # theirs does not count its first
     for i in range(12):
         parameter.data.add_(i)
         ours.update()

@@ -37,7 +37,7 @@ MAKERS: dict[str, Callable[[Groups], Any]] = {
     "adamw": _adamw,
     "adamw8bit": _adamw8bit,
     "muon": _muon,
-    **{name: _packaged(name) for name in ("adopt", "came", "lion", "prodigy", "soap")},
+    **{name: _packaged(name) for name in ("adopt", "came", "lion", "prodigy")},
 }
 
 
@@ -84,7 +84,8 @@ class Together:
             part.step()
 
     def state_dict(self) -> dict[str, Any]:
-        state, groups = {}, []
+        state: dict[int, Any] = {}
+        groups: Groups = []
         for part, start in zip(self.parts, self._starts(), strict=True):
             plain = part.state_dict()
             state |= {start + index: entries for index, entries in plain["state"].items()}

@@ -15,7 +15,7 @@ from atomtune.errors import UserError
 
 SCHEDULES = ("cosine", "linear", "constant")
 """What the learning rate does after its warm-up."""
-OPTIMIZERS = ("adamw", "adamw8bit", "adopt", "came", "lion", "muon", "prodigy", "soap")
+OPTIMIZERS = ("adamw", "adamw8bit", "adopt", "came", "lion", "muon", "prodigy")
 """Optimizers of encoders and atoms: `training.optimizers` makes them."""
 TRACKERS = ("tensorboard", "wandb", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio")
 """Those of accelerate."""
@@ -100,7 +100,7 @@ class TrainOptions:
     """Prompts of the validation pictures. Empty: the first captions."""
 
     optimizer: str = later("adamw")
-    """adamw, adamw8bit (bitsandbytes), or adopt, came, lion, muon, prodigy (with --lr 1), soap (pytorch-optimizer)."""
+    """adamw, adamw8bit (bitsandbytes), muon, or adopt, came, lion, prodigy (with --lr 1; pytorch-optimizer)."""
     schedule: str = later("cosine")
     """What the learning rate does after the warm-up: cosine or linear, down to `floor`, or constant."""
     warmup: float = later(0.05)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class Trackers:
         self.tell = tell
         self.parts: dict[str, Any] = {}
         for name in names:
-            self._try(name, lambda name=name: self._start(name, run, config))
+            self._try(name, partial(self._start, name, run, config))
 
     def _start(self, name: str, run: Path, config: Mapping[str, Any]) -> None:
         kind: Any = LOGGER_TYPE_TO_CLASS[name]
@@ -43,7 +44,7 @@ class Trackers:
     def log(self, values: Mapping[str, float], step: int) -> None:
         """The values after a step."""
         for name, tracker in list(self.parts.items()):
-            self._try(name, lambda tracker=tracker: tracker.log(dict(values), step=step))
+            self._try(name, partial(tracker.log, dict(values), step=step))
 
     def finish(self) -> None:
         """Close them."""
