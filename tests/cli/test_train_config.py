@@ -81,7 +81,7 @@ def test_every_option_survives_the_file(tmp_path: Path) -> None:
         elif kind.startswith("int"):
             changed[field.name] = (now or 1) + 2
         elif kind.startswith("float"):
-            changed[field.name] = now / 2 + 0.1
+            changed[field.name] = now / 2 + 0.15
         else:
             changed[field.name] = Path("a/b.txt") if kind.startswith("Path") else 'it\'s "so"'
     options = TrainOptions(**changed)

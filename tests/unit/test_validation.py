@@ -1,5 +1,6 @@
 """Held-out pictures, the best step and the last, early stop, samples, trackers, the hub, quantized bases."""
 
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path

@@ -136,10 +136,8 @@ def _finish(state: Run, command: str) -> Adapter:
         adapter, gate_report = conclude(state.pipe, state.backbone, state.material, o)
         score, step = state.best
         meta |= {"best step": step, "validation_score": round(score, 6)}
-        say(f"the best of {state.done} steps, by validation_score, is step {step} ({score:.4g}); last/ has the last")
-    if all(not layer.dictionary(NAME).atoms.any() for layer in atom_layers(state.base, NAME).values()):
-        say("warning: no atom has learned anything: the adapter is the base. Raise --lr or --steps.")
     if processes.is_main_process:
+        _tell_end(state)
         adapter.save(run, meta | gate_report)
         if o.hub is not None:
             try:
@@ -148,6 +146,14 @@ def _finish(state: Run, command: str) -> Adapter:
                 say(f"warning: not sent to {o.hub}: {error}. The adapter is in {run}.")
     processes.wait_for_everyone()
     return adapter
+
+
+def _tell_end(state: Run) -> None:
+    if state.best is not None:
+        score, step = state.best
+        say(f"the best of {state.done} steps, by validation_score, is step {step} ({score:.4g}); last/ has the last")
+    if not any(layer.dictionary(NAME).atoms.any() for layer in atom_layers(state.base, NAME).values()):
+        say("warning: no atom has learned anything: the adapter is the base. Raise --lr or --steps.")
 
 
 def sites_of(base: Any) -> str:
