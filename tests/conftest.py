@@ -1,5 +1,6 @@
+import dataclasses
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,30 @@ def kites(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for runs of every test, so that they share their cache of pictures that a base has painted."""
     return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def pipe(shared: Any) -> Iterator[Any]:
+    """Lumina2's pipeline for a test that trains; the base again afterwards."""
+    import atomtune
+
+    yield shared
+    if getattr(shared.transformer, "peft_config", None):
+        atomtune.Adapter(shared, {}).remove()
+
+
+@pytest.fixture
+def go(pipe: Any, kites: Path, runs: Path, request: pytest.FixtureRequest) -> Callable[..., Path]:
+    """Train under a name of its own; the pipeline is the base again afterwards. Returns the run's folder."""
+    from tiny_runs import OPTIONS
+
+    from atomtune.training.loop import train
+
+    def go(name: str = "run", *, resume: bool = False, data: Path = kites, **changes: Any) -> Path:
+        out = runs / f"{request.node.name}-{name}"
+        told = {"allow_changed_data": changes.pop("allow_changed_data", False)}
+        options = dataclasses.replace(OPTIONS, **changes)
+        train(pipe, data, out, options, resume=resume, progress=False, **told).remove()
+        return out
+
+    return go

@@ -1,4 +1,7 @@
-"""gradients_script.py BASE DATA OUT ACCUMULATION: the gradients of one step, written by the first process."""
+"""gradients_script.py BASE DATA OUT ACCUMULATION [shard]: the gradients of one step, written by the first process.
+
+With `shard` the processes share the base.
+"""
 
 import sys
 from pathlib import Path
@@ -6,14 +9,16 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from atomtune.backbones import backbone_of, open_pipeline
 from atomtune.training import loop
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import prepare
+from atomtune.training.processes import shard
 
 torch.set_num_threads(1)
-base, data, out, accumulation = sys.argv[1:]
+base, data, out, accumulation, *shared = sys.argv[1:]
 processes = PartialState(cpu=True)
 pipe = open_pipeline(base)
 options = TrainOptions(
@@ -23,6 +28,11 @@ loop.attach_atoms(pipe, backbone_of(pipe), options)
 torch.manual_seed(1)
 for parameter in (p for n, p in pipe.transformer.named_parameters() if n.endswith(".atoms")):
     torch.nn.init.normal_(parameter, std=0.1)  # so that encoders have gradients too
+if shared:
+    shard(pipe.transformer, torch.device("cpu"), processes, loop.NAME)
+    whole = sum(p.numel() for n, p in pipe.transformer.named_parameters() if "atom_" not in n)
+    here = sum(p.to_local().numel() for p in pipe.transformer.parameters() if isinstance(p, DTensor))
+    assert here < 0.6 * whole, "each process holds about half of the base"
 material = prepare(pipe, backbone_of(pipe), Path(data), options, Path(out).with_suffix(""))
 with loop.training_mode(pipe.transformer, options):
     run = loop.Run(pipe, backbone_of(pipe), material, options, Path(out).parent, processes)

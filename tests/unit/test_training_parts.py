@@ -1,6 +1,8 @@
 """Options, objective, preparation and the gate's training, each alone."""
 
 import dataclasses
+import hashlib
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import atomtune
 from atomtune.backbones import backbone_of
 from atomtune.data.folder import Scan, Skipped
 from atomtune.errors import UserError
-from atomtune.training import gating, loop
+from atomtune.training import gating, run_folder
 from atomtune.training.masks import surprise
 from atomtune.training.objective import DENSITIES, flow_matching, noised
 from atomtune.training.options import TrainOptions
@@ -40,8 +42,22 @@ def test_the_essence_leaves_out_what_is_off_and_nothing_else() -> None:
 
 
 def test_an_unknown_option_of_a_saved_run_is_an_error() -> None:
-    with pytest.raises(UserError, match="Unknown option 'warp'"):
-        TrainOptions.from_json('{"warp": 9}')
+    with pytest.raises(UserError, match=r"Unknown option 'stepz'.* Did you mean `steps`"):
+        TrainOptions.from_json('{"stepz": 9}')
+    with pytest.raises(UserError, match="`steps` of a saved run must be int, got 'many'"):
+        TrainOptions.from_json('{"steps": "many"}')
+
+
+def test_options_that_came_later_leave_the_essence_as_stored_results_know_it() -> None:
+    """Stored benchmark cells are found by it: a key that changes here loses every one of them."""
+    known = {"batch_size", "checkpoint_every", "distill", "gate", "grad_accumulation", "keep_checkpoints", "lr"}
+    known |= {"margin", "max_grad_norm", "mixed_precision", "n_atoms", "nested", "silence", "sparsifier", "steps"}
+    assert TrainOptions().essence().keys() == known | {"threshold", "unrelated_pictures"}
+    text = json.dumps(TrainOptions(concept="kite", k=3, distill=0.0, seed=2).essence(), sort_keys=True)
+    assert hashlib.sha256(text.encode()).hexdigest()[:12] == "efd8a1f04113"
+    assert "optimizer" not in TrainOptions().essence()
+    assert TrainOptions(optimizer="lion", floor=0.0).essence().items() >= {"optimizer": "lion", "floor": 0.0}.items()
+    assert TrainOptions(unrelated_batch=0).essence()["unrelated_batch"] == 0, "none at all is not the default"
 
 
 @pytest.mark.parametrize(
@@ -56,6 +72,17 @@ def test_an_unknown_option_of_a_saved_run_is_an_error() -> None:
         ("grad_accumulation", -1),
         ("checkpoint_every", 0),
         ("keep_checkpoints", 0),
+        ("validate_every", 0),
+        ("patience", 0),
+        ("held_out", -1),
+        ("warmup", 1.5),
+        ("floor", -0.1),
+        ("ema", 1.0),
+        ("ema", math.nan),
+        ("optimizer", "adam"),
+        ("schedule", "cosin"),
+        ("trackers", ("tensorbord",)),
+        ("hub", "me"),
         ("unrelated_batch", -1),
         ("unrelated_pictures", 0),
         ("silence", -0.1),
@@ -227,7 +254,7 @@ def test_the_gate_learns_to_tell_prompts_apart(pipe: Any, kites: Path, runs: Pat
 def test_what_is_passed_over_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     names = ("a.psd.bak", "b.doc", "c.doc", "d.doc", "e.doc")
     skipped = tuple(Skipped(Path(name), "not a picture") for name in names)
-    loop._tell(Scan((), (*skipped, Skipped(Path("0.txt"), "caption: of 0.png"))))
+    run_folder.tell_skipped(Scan((), (*skipped, Skipped(Path("0.txt"), "caption: of 0.png"))))
     told = capsys.readouterr()
     assert told.err == "passed over, not a picture: a.psd.bak, b.doc, c.doc and 2 more\n"
     assert told.out == ""

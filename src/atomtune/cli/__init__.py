@@ -67,6 +67,7 @@ def _run(name: str, arguments: list[str]) -> int:
         logging.getLogger(quiet).setLevel(logging.ERROR)
     module = importlib.import_module(f"atomtune.cli.{FILES.get(name, name)}")
     try:
+        arguments = getattr(module, "expand", list)(arguments)  # what a command reads from a file
         tyro.cli(module.Command, args=arguments, prog=f"atomtune {name}").run()
     except SystemExit as stop:  # tyro has said why
         return int(stop.code or 0)

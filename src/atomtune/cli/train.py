@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Annotated
 
 import tyro
 
+from atomtune.training import config
 from atomtune.training.options import TrainOptions
 
 
@@ -18,14 +21,20 @@ class Command:
 
     data: Path
     """Folder of pictures, each with a caption (.txt beside it, metadata.jsonl, or --caption)."""
+    config: Path | None = None
+    """A TOML file of these options, such as a recipe or a run's config.toml; what is given here wins."""
     base: str = "embedded"
     """A diffusers pipeline folder or hub id; "embedded" is the small model that ships with atomtune."""
     out: Path | None = None
     """Where the run goes. None: runs/ and the data folder's name."""
     resume: bool = False
     """Go on with the run in --out, from its newest whole checkpoint."""
+    allow_changed_data: bool = False
+    """With --resume: go on although pictures or captions have changed."""
     dtype: str = "float32"
     """Precision of the frozen base: float32, bfloat16 or float16."""
+    quantize: str | None = None
+    """Fewer bits for the frozen base: int8 or fp8 (torchao), nf4 (bitsandbytes)."""
     device: str | None = None
     """Where to train, such as cuda. None: cuda where there is one, else cpu."""
     options: Annotated[TrainOptions, tyro.conf.arg(name="")] = field(default_factory=TrainOptions)
@@ -34,9 +43,33 @@ class Command:
         import atomtune
         from atomtune.cli import command_line
         from atomtune.cli.common import device_of
+        from atomtune.training.base import open_base
 
         out = self.out or Path("runs") / self.data.resolve().name
-        pipe = atomtune.open_pipeline(self.base, self.dtype, device_of(self.device))
-        adapter = atomtune.train(pipe, self.data, out, self.options, resume=self.resume, command=command_line())
+        pipe = open_base(
+            self.base, self.dtype, device_of(self.device), quantized=self.quantize, share=self.options.shard
+        )
+        adapter = atomtune.train(
+            pipe,
+            self.data,
+            out,
+            self.options,
+            resume=self.resume,
+            allow_changed_data=self.allow_changed_data,
+            command=command_line(),
+            settings={name: getattr(self, name) for name in ("base", "dtype", "quantize", "device")},
+        )
         print(f"{len(adapter.atoms)} atoms in {out}", file=sys.stderr)
         print(f"  atomtune atoms {out}\n  atomtune generate {out} PROMPT", file=sys.stderr)
+
+
+def expand(arguments: list[str]) -> list[str]:
+    """The arguments with those of --config before them, so that the command line's win."""
+    reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    reader.add_argument("--config", type=Path, nargs="?")
+    path = reader.parse_known_args(arguments)[0].config
+    if path is None:
+        return arguments
+    known = [f.name for kind in (Command, TrainOptions) for f in dataclasses.fields(kind)]
+    values = config.read(path, [name for name in known if name not in ("config", "options")])
+    return [*config.arguments(values), *arguments]

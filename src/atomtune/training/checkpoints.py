@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from atomtune.tuner import save as save_adapter
 
 STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
+OPTIMIZER_PLAIN = "optimizer.json"
 LOOP = "loop.safetensors"
 
 
@@ -30,18 +32,24 @@ def folder_of(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:06d}"
 
 
+def best_of(run: Path) -> Path:
+    """Where the adapter lies that validation likes best."""
+    return run / "checkpoints" / "best"
+
+
 def save(
     run: Path,
     step: int,
     model: Any,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Any,
     adapter: str,
     keep: int,
     loop: dict[str, Tensor],
+    schedule: dict[str, Any] | None = None,
 ) -> Path:
     """Write a checkpoint after `step` steps, whole or not at all, and drop all but the newest `keep`.
 
-    `loop` is what else the next step depends on.
+    `loop` is what else the next step depends on; `schedule`, what the learning rate follows.
     """
     folder = folder_of(run, step)
     fresh = folder.with_name(f".{folder.name}.saving")
@@ -49,10 +57,15 @@ def save(
     try:
         fresh.mkdir(parents=True)
         save_adapter(model, fresh / "adapter", adapter)
-        safetensors.torch.save_file(_flat(optimizer), fresh / OPTIMIZER)
-        safetensors.torch.save_file(loop, fresh / LOOP)
+        tensors: dict[str, Tensor] = {}
+        plain = _pack(optimizer.state_dict(), "", tensors)
+        (fresh / OPTIMIZER_PLAIN).write_text(json.dumps(plain), encoding="utf-8")
+        for name, saved in ((OPTIMIZER, tensors), (LOOP, loop)):
+            safetensors.torch.save_file(saved, fresh / name)
+            shutil.copymode(fresh / OPTIMIZER_PLAIN, fresh / name)  # safetensors' files are for their owner only
         digests = {p.relative_to(fresh).as_posix(): _digest(p) for p in sorted(fresh.rglob("*")) if p.is_file()}
-        (fresh / STATE).write_text(json.dumps({"step": step, "sha256": digests}, indent=1), encoding="utf-8")
+        state = {"step": step, "schedule": schedule, "sha256": digests}
+        (fresh / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(fresh, folder)
     except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
@@ -75,36 +88,67 @@ def newest(run: Path) -> tuple[int, Path] | None:
     return None
 
 
-def restore(
-    folder: Path, model: Any, optimizer_of: Callable[[], torch.optim.Optimizer], adapter: str
-) -> tuple[torch.optim.Optimizer, dict[str, Tensor]]:
+def schedule_of(folder: Path) -> dict[str, Any] | None:
+    """What the learning rate followed when the checkpoint was written."""
+    found: dict[str, Any] | None = json.loads((folder / STATE).read_text(encoding="utf-8")).get("schedule")
+    return found
+
+
+def restore(folder: Path, model: Any, optimizer_of: Callable[[], Any], adapter: str) -> tuple[Any, dict[str, Tensor]]:
     """Put a checkpoint's adapter in place of the model's; returns its optimizer, and `loop` as it was saved.
 
     `optimizer_of()` makes the optimizer once the adapter is attached.
     """
     remove_adapter(model, adapter)
-    load_adapter(model, folder / "adapter", adapter, trainable=True)
+    attach(folder / "adapter", model, adapter)
     optimizer = optimizer_of()
-    _unflatten(optimizer, safetensors.torch.load_file(folder / OPTIMIZER))
+    plain = json.loads((folder / OPTIMIZER_PLAIN).read_text(encoding="utf-8"))
+    load_optimizer(optimizer, plain, safetensors.torch.load_file(folder / OPTIMIZER))
     return optimizer, safetensors.torch.load_file(folder / LOOP)
 
 
-def _flat(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    state = optimizer.state_dict()["state"]
-    return {
-        f"{index}.{name}": value.detach().cpu().contiguous()
-        for index, entries in state.items()
-        for name, value in entries.items()
-        if isinstance(value, Tensor)
-    }
+def load_optimizer(optimizer: Any, packed: Any, tensors: dict[str, Tensor]) -> None:
+    """Put a packed state into an optimizer; what can't be packed, such as a function, stays its own."""
+    plain = _unpack(packed, tensors)
+    fresh = optimizer.state_dict()["param_groups"]
+    groups = [new | old for new, old in zip(fresh, plain["param_groups"], strict=True)]
+    optimizer.load_state_dict({"state": plain["state"], "param_groups": groups})
 
 
-def _unflatten(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in tensors.items():
-        index, _, name = key.partition(".")
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def attach(folder: Path, model: Any, adapter: str) -> None:
+    """Attach an adapter that this run has saved, to be trained."""
+    with warnings.catch_warnings():
+        # A base that is shared or quantized has no fingerprint to compare; it is this run's own.
+        warnings.filterwarnings("ignore", message="The base model is quantized or offloaded")
+        load_adapter(model, folder, adapter, trainable=True)
+
+
+def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """A state as JSON has it, its tensors taken out; what is neither is left out."""
+    if isinstance(value, Tensor):
+        # Copies, since a file holds no two names for one memory, and some optimizers share a table.
+        tensors[path] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return {"tensor": path}
+    if isinstance(value, dict):
+        pairs = [[key, _pack(inner, f"{path}/{key}", tensors)] for key, inner in value.items() if _fits(inner)]
+        return {"dict": pairs}
+    if isinstance(value, list | tuple):
+        return [_pack(inner, f"{path}/{i}", tensors) for i, inner in enumerate(value)]
+    return value
+
+
+def _fits(value: Any) -> bool:
+    return value is None or isinstance(value, Tensor | dict | list | tuple | bool | int | float | str)
+
+
+def _unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpack(inner, tensors) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        return tensors[value["tensor"]]
+    return {key: _unpack(inner, tensors) for key, inner in value["dict"]}
 
 
 def _digest(path: Path) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +33,18 @@ def calibrate(base: Any, backbone: Backbone, material: Material, adapter: str) -
     shut = torch.cat([_pre_code(gate, backbone, c) for c in (material.gate_held_out, material.gate_unrelated)])
     shares = gate.calibrate(shut, _pre_code(gate, backbone, material.gate_concept))
     return {"gate_silent_share": shares.silent_share, "gate_open_share": shares.open_share}
+
+
+@contextmanager
+def calibrated(base: Any, backbone: Backbone, material: Material, adapter: str) -> Iterator[None]:
+    """Inside, the gate is calibrated, as it is when an adapter is saved; afterwards it trains on as it was."""
+    gate = _gate(base, adapter)
+    before = {name: value.clone() for name, value in gate.state_dict().items()}
+    calibrate(base, backbone, material, adapter)
+    try:
+        yield
+    finally:
+        gate.load_state_dict(before)
 
 
 def _gate(base: Any, adapter: str) -> PromptGate:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +22,31 @@ from tqdm import tqdm
 from atomtune.adapter import Adapter
 from atomtune.atoms import contained, measure, order_by_importance, reaches, strengths
 from atomtune.backbones import Backbone, Conditioning, backbone_of, base_name, denoiser, select
-from atomtune.data.folder import Scan
 from atomtune.errors import UserError
 from atomtune.sampling import generate
 from atomtune.sparse import anneal_k, dead_atoms
-from atomtune.training import checkpoints, gating, objective
+from atomtune.training import checkpoints, gating, hub, objective, optimizers, run_folder, validation
 from atomtune.training.batch import Batch, draw, generator_of
+from atomtune.training.ema import Ema
 from atomtune.training.options import TrainOptions
+from atomtune.training.pace import Pace
 from atomtune.training.prepare import Material, prepare
+from atomtune.training.processes import highest, mean_gradients, shard, wants_shards
+from atomtune.training.run_folder import say
 from atomtune.training.start import from_activations
+from atomtune.training.trackers import Trackers, chosen
 from atomtune.tuner import (
     AtomConfig,
+    adapter_config,
     atom_layers,
     attach,
     base_only,
+    fingerprint,
     open_gate,
     prompt_gate,
     record,
     remove_adapter,
+    save,
 )
 
 NAME = "default"
@@ -61,93 +67,104 @@ def train(
     options: TrainOptions | None = None,
     *,
     resume: bool = False,
+    allow_changed_data: bool = False,
     command: str = "",
+    settings: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Adapter:
     """Train an adapter on a folder of pictures; returns it attached to the pipeline, saved in `out`.
 
-    `out` receives options.json, log.jsonl, checkpoints/, samples/ and the adapter's own files. With `resume`
-    the newest whole checkpoint goes on, and its losses are those of an uninterrupted run. Raises UserError on
-    bad data or options before anything is trained or written, and on a loss that is not finite. After an error
-    the pipeline is the base again.
+    `out` receives config.toml (with `settings` beside the options), log.jsonl, status.json, checkpoints/, samples/ and
+    the adapter's own files. With validation it is the best one, by `validation_score`, and `last/` holds the last.
+    With `resume` the newest whole checkpoint goes on, and its losses are those of an uninterrupted run. Raises
+    UserError on bad data or options before anything is trained or written, and on a loss that is not finite. After an
+    error the pipeline is the base again.
     """
     options = options or TrainOptions()
-    run = Path(out)
-    backbone = backbone_of(pipe)
+    run, base, backbone = Path(out), denoiser(pipe), backbone_of(pipe)
     processes = PartialState(cpu=pipe.vae.device.type == "cpu")
-    options = _stored(run, options) if resume else _checked(run, options)
+    options = run_folder.stored(run, options) if resume else run_folder.check_free(run, options)
+    tracked = chosen(options.trackers) if processes.is_main_process else ()
     processes.wait_for_everyone()
-    base = denoiser(pipe)
     # First, because it names unknown sites and wrong sizes, and what follows may take minutes.
     attach_atoms(pipe, backbone, options)
     try:
-        with base_only(base):
-            material = prepare(pipe, backbone, Path(data), options, run)
-        if processes.is_main_process:
-            _tell(material.scan)
-            if not resume:
-                _claim(run, options)
-        processes.wait_for_everyone()
-        with training_mode(base, options):
-            state = Run(pipe, backbone, material, options, run, processes)
+        with ExitStack() as stack:
+            if resume and processes.is_main_process:
+                stack.enter_context(run_folder.held(run))
+            if progress and processes.is_main_process:
+                say(f"preparing pictures and prompts for {sites_of(base)}")
+            if wants_shards(options.shard):
+                # While it is whole: afterwards no process can tell.
+                adapter_config(base, NAME).base_fingerprint = fingerprint(base)
+                shard(base, pipe.vae.device, processes, NAME)
+            with base_only(base):
+                material = prepare(pipe, backbone, Path(data), options, run)
+            learned, held_out = validation.split(material, options.held_out, options.seed)
+            settings = {"data": data, "base": base_name(pipe), **(settings or {})}
+            if resume:
+                run_folder.check_data(run, material.scan, allow_changed_data)
+            if processes.is_main_process:
+                run_folder.tell_skipped(material.scan)
+                if not resume:
+                    run_folder.claim(run, options, settings, material.scan)
+                    stack.enter_context(run_folder.held(run))
+            processes.wait_for_everyone()
+            stack.enter_context(training_mode(base, options))
+            trackers = Trackers(tracked, run, settings | options.to_dict(), say)
+            stack.callback(trackers.finish)
+            state = Run(pipe, backbone, learned, options, run, processes, held_out, trackers)
             if resume:
                 state.resume()
-            state.steps(progress)
-            adapter, gate_report = conclude(pipe, backbone, material, options)
-        meta = {"concept": options.concept, "steps": options.steps, "seed": options.seed, **gate_report}
-        if processes.is_main_process:
-            adapter.save(run, {"command": command, **meta})
-        processes.wait_for_everyone()
+            with state.told():
+                state.steps(progress)
+                return _finish(state, command)
     except BaseException:
         if NAME in (getattr(base, "peft_config", None) or {}):
             remove_adapter(base, NAME)
         raise
+
+
+def _finish(state: Run, command: str) -> Adapter:
+    """Save what was trained: the best by validation, with the last beside it, or the last."""
+    o, run, processes = state.options, state.run, state.processes
+    meta: dict[str, Any] = {"command": command, "concept": o.concept, "steps": state.done, "seed": o.seed}
+    state.end()
+    adapter, gate_report = conclude(state.pipe, state.backbone, state.material, o)
+    if state.best is not None:
+        if processes.is_main_process:
+            adapter.save(run / "last", meta | gate_report)
+        adapter.remove()
+        processes.wait_for_everyone()
+        checkpoints.attach(checkpoints.best_of(run), state.base, NAME)
+        adapter, gate_report = conclude(state.pipe, state.backbone, state.material, o)
+        score, step = state.best
+        meta |= {"best step": step, "validation_score": round(score, 6)}
+    if processes.is_main_process:
+        _tell_end(state)
+        adapter.save(run, meta | gate_report)
+        if o.hub is not None:
+            try:
+                say(f"sent to {hub.push(run, o.hub)}")
+            except hub.FAILURES as error:
+                say(f"warning: not sent to {o.hub}: {error}. The adapter is in {run}.")
+    processes.wait_for_everyone()
     return adapter
 
 
-def _stored(run: Path, given: TrainOptions) -> TrainOptions:
-    """The options that a run began with: a resumed run keeps them, and says so where others were given."""
-    path = run / "options.json"
-    if not path.is_file():
-        raise UserError(f"`out` must be the folder of a run to resume, but {run} has no options.json.")
-    stored = TrainOptions.from_json(path.read_text(encoding="utf-8"))
-    for field in dataclasses.fields(TrainOptions):
-        old, new = getattr(stored, field.name), getattr(given, field.name)
-        if new not in (old, field.default):
-            _say(f"warning: a resumed run keeps its options: `{field.name}` stays {old}, not {new}")
-    return stored
+def _tell_end(state: Run) -> None:
+    if state.best is not None:
+        score, step = state.best
+        say(f"the best of {state.done} steps, by validation_score, is step {step} ({score:.4g}); last/ has the last")
+    if not any(layer.dictionary(NAME).atoms.any() for layer in atom_layers(state.base, NAME).values()):
+        say("warning: no atom has learned anything: the adapter is the base. Raise --lr or --steps.")
 
 
-def _checked(run: Path, options: TrainOptions) -> TrainOptions:
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
-        raise UserError(f"`out` exists and is not empty: {run}. Choose another folder, or go on with --resume.")
-    return options
-
-
-def _claim(run: Path, options: TrainOptions) -> None:
-    """Make the run folder ours, once nothing is known to be wrong: a second try finds it free."""
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        (run / "options.json").write_text(options.to_json(), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"`out` can't be written: {error}.") from error
-
-
-def _tell(found: Scan) -> None:
-    """What lies in the data folder and is not learned from, and why: nothing is passed over in silence."""
-    reasons: dict[str, list[str]] = {}
-    for skipped in found.skipped:
-        kind = skipped.reason.partition(":")[0]
-        if kind != "caption":
-            reasons.setdefault(kind, []).append(skipped.path.name)
-    for reason, names in reasons.items():
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        _say(f"passed over, {reason}: {', '.join(names[:3])}{more}")
-
-
-def _say(text: str) -> None:
-    """A message on stderr, above the progress bar; stdout is for data."""
-    tqdm.write(text, file=sys.stderr)
+def sites_of(base: Any) -> str:
+    """What is adapted, in words: `16 sites: 8 x attn.to_q, 8 x attn.to_v`."""
+    sites = list(atom_layers(base, NAME))
+    kinds = Counter(".".join(part for part in site.split(".") if not part.isdigit()) for site in sites)
+    return f"{len(sites)} sites: {', '.join(f'{number} x {kind}' for kind, number in kinds.items())}"
 
 
 def attach_atoms(pipe: Any, backbone: Backbone, options: TrainOptions, adapter: str = NAME, **instead: Any) -> None:
@@ -210,7 +227,7 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
         nonlocal asked
         asked = True
         signal.signal(signal.SIGINT, before)
-        _say("stopping after this step; Ctrl-C again stops at once")
+        say("stopping after this step; Ctrl-C again stops at once")
 
     signal.signal(signal.SIGINT, note)
     try:
@@ -230,9 +247,12 @@ class Run:
         options: TrainOptions,
         run: Path,
         processes: PartialState,
+        held_out: Material | None = None,
+        trackers: Trackers | None = None,
     ) -> None:
         self.pipe, self.backbone, self.material, self.options = pipe, backbone, material, options
-        self.run, self.processes = run, processes
+        self.run, self.processes, self.trackers = run, processes, trackers
+        self.held_out = held_out or material
         self.base = denoiser(pipe)
         self.device = material.latents.device
         # float16 alone needs it: small gradients would vanish.
@@ -240,105 +260,196 @@ class Run:
         if options.data_start:
             from_activations(self.base, backbone, material, options, NAME)
         self.optimizer = self._optimizer()
+        self.ema = Ema(self.parameters(), options.ema) if options.ema else None
         self.done = 0
+        self.best: tuple[float, int] | None = None
+        """The lowest validation score so far, and its step."""
         self.silent_for: dict[str, Tensor] = {}
         self.reach: dict[str, Tensor] = {}
+        self.pace = Pace(say)
 
-    def _optimizer(self) -> torch.optim.Optimizer:
+    def _optimizer(self) -> Any:
         layers = atom_layers(self.base, NAME)
         dictionaries = [p for layer in layers.values() for p in layer.dictionary(NAME).parameters()]
-        groups = [{"params": dictionaries, "lr": self.options.lr}]
         gate = prompt_gate(self.base, NAME)
-        if gate is not None:
-            groups.append({"params": list(gate.parameters()), "lr": gating.LEARNING_RATE})
-        for group in groups:
-            group["rate"] = group["lr"]
-        return torch.optim.AdamW(groups, betas=(0.9, 0.99), weight_decay=0.0)
+        return optimizers.make(
+            self.options, dictionaries, list(gate.parameters()) if gate else [], gating.LEARNING_RATE
+        )
 
     def resume(self) -> None:
         found = checkpoints.newest(self.run)
         if found is not None:
             self.done, folder = found
             self.optimizer, loop = checkpoints.restore(folder, self.base, self._optimizer, NAME)
+            if self.ema:
+                self.ema = Ema(self.parameters(), self.options.ema)
             self._set_state(loop)
-        _cut_log(self.run / "log.jsonl", self.done)
+            before = checkpoints.schedule_of(folder)
+            if before not in (None, self._schedule()):
+                say(f"warning: the learning rate followed {before} until step {self.done}, and now {self._schedule()}")
+        run_folder.cut_log(self.run / run_folder.LOG, self.done)
+
+    def _schedule(self) -> dict[str, Any]:
+        return {name: getattr(self.options, name) for name in ("schedule", "steps", "lr", "warmup", "floor")}
 
     def steps(self, progress: bool) -> None:
+        o, main = self.options, self.processes.is_main_process
         bar = tqdm(
-            total=self.options.steps,
+            total=o.steps,
             initial=self.done,
-            disable=not (progress and self.processes.is_main_process),
+            disable=not (progress and main),
             unit="step",
             dynamic_ncols=True,
         )
         # Each process logs its own share of the data; the first one's is the run's log.
         name = f"log-{self.processes.process_index}.jsonl".replace("-0", "")
         with bar, _interruptible() as asked_to_stop, (self.run / name).open("a", encoding="utf-8") as log:
-            while self.done < self.options.steps:
+            while not self.over():
                 begin = time.monotonic()
                 terms = self.step(self.done)
                 self.done += 1
-                rate = self.options.batch_size * self.options.grad_accumulation / (time.monotonic() - begin)
+                seconds = time.monotonic() - begin
+                self.pace.took(self.done, seconds)
+                if self._due(o.validate_every):
+                    terms |= self.validate()
+                speed = {"pictures_per_second": round(o.batch_size * o.grad_accumulation / seconds, 2)}
                 line = {"step": self.done, **{k: round(v, 6) for k, v in terms.items()}}
-                print(json.dumps(line | {"pictures_per_second": round(rate, 2)}), file=log, flush=True)
+                print(json.dumps(line | speed), file=log, flush=True)
+                if self.trackers:
+                    self.trackers.log(terms | speed | {"lr": self.optimizer.param_groups[0]["lr"]}, self.done)
                 bar.update()
-                bar.set_postfix({k: f"{v:.4g}" for k, v in terms.items()} | {"pic/s": f"{rate:.1f}"})
-                due = self.done % self.options.checkpoint_every == 0 or self.done == self.options.steps
-                if due or asked_to_stop():
+                bar.set_postfix({k: f"{v:.4g}" for k, v in terms.items()})
+                if self._due(o.checkpoint_every) or self.over() or asked_to_stop():
                     self.checkpoint()
                 if asked_to_stop():
-                    _say(f"stopped after step {self.done}; go on with --resume --out {self.run}")
+                    say(f"stopped after step {self.done}; go on with --resume --out {self.run}")
                     raise KeyboardInterrupt
-                every = self.options.sample_every if self.processes.is_main_process else None
-                if every and self.done % every == 0:
+                if self._due(o.sample_every):
                     self.sample()
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.done % every == 0
+
+    def over(self) -> bool:
+        """Whether the last step is done: all of them, or enough validations without a better one."""
+        o = self.options
+        if self.done >= o.steps:
+            return True
+        if o.patience is None or o.validate_every is None or self.best is None:
+            return False
+        return self.done // o.validate_every - self.best[1] // o.validate_every >= o.patience
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Inside, status.json says where the run stands; after it, how it ended."""
+        state = "failed"
+        self._set_status("training")
+        try:
+            yield
+            state = "finished"
+        except KeyboardInterrupt:
+            state = "stopped"
+            raise
+        finally:
+            self._set_status(state, **self.pace.facts())
+
+    def _set_status(self, state: str, **facts: Any) -> None:
+        if self.processes.is_main_process:
+            run_folder.set_status(self.run, state, self.done, self.options.steps, **facts)
 
     def checkpoint(self) -> None:
         """Write the state after the last step, once for all processes."""
         if not self.processes.is_main_process:
             return
         keep = self.options.keep_checkpoints
-        checkpoints.save(self.run, self.done, self.base, self.optimizer, NAME, keep, self._state())
+        state = (self._state(), self._schedule())
+        checkpoints.save(self.run, self.done, self.base, self.optimizer, NAME, keep, *state)
+        self._set_status("training")
 
     def _state(self) -> dict[str, Tensor]:
         """What the next step depends on beside the adapter and its optimizer."""
-        kept = {"silent_for": self.silent_for, "reach": self.reach}
-        atoms = {f"{kind}.{site}": values for kind, found in kept.items() for site, values in found.items()}
-        scaler = {f"scaler.{name}": torch.tensor(value) for name, value in self.scaler.state_dict().items()}
-        return atoms | scaler
+        state = {f"silent_for.{site}": steps for site, steps in self.silent_for.items()}
+        state |= {f"reach.{site}": codes for site, codes in self.reach.items()}
+        state |= {f"scaler.{name}": torch.tensor(value) for name, value in self.scaler.state_dict().items()}
+        if self.ema:
+            state |= {f"ema.{name}": value for name, value in self.ema.state().items()}
+        if self.best:
+            state["best."] = torch.tensor(self.best, dtype=torch.float64)
+        return state
 
     def _set_state(self, state: dict[str, Tensor]) -> None:
-        scaler = {}
+        parts: dict[str, dict[str, Tensor]] = {}
         for key, value in state.items():
             kind, _, name = key.partition(".")
-            if kind == "scaler":
-                scaler[name] = value.item()
-            else:
-                getattr(self, kind)[name] = value.to(self.device)
-        if scaler:
-            self.scaler.load_state_dict(scaler)
+            parts.setdefault(kind, {})[name] = value
+        self.silent_for = {site: value.to(self.device) for site, value in parts.get("silent_for", {}).items()}
+        self.reach = {site: value.to(self.device) for site, value in parts.get("reach", {}).items()}
+        if "scaler" in parts:
+            self.scaler.load_state_dict({name: value.item() for name, value in parts["scaler"].items()})
+        if self.ema:
+            self.ema.load(parts["ema"])
+        if "best" in parts:
+            score, step = parts["best"][""].tolist()
+            self.best = score, int(step)
+
+    @contextmanager
+    def as_saved(self) -> Iterator[None]:
+        """Inside, the adapter is what would be saved now, but for its gate: the mean of `ema`, and `k` as it ends."""
+        self._set_k(self.options.steps)
+        with self.ema.in_place() if self.ema else nullcontext():
+            yield
+
+    def end(self) -> None:
+        """The adapter becomes what is saved, for good."""
+        self._set_k(self.options.steps)
+        if self.ema:
+            self.ema.apply()
+
+    def validate(self) -> dict[str, float]:
+        """The numbers of `validation.validate`, the same on every process; the best adapter so far is kept."""
+        with self.as_saved():
+            with open_gate(self.base, NAME), self._autocast():
+                found = validation.validate(self.base, self.backbone, self.held_out, self.options.seed)
+            if self.processes.num_processes > 1:
+                values = reduce(torch.tensor(list(found.values()), device=self.device), "mean").tolist()
+                found = dict(zip(found, values, strict=True))
+            score = found["validation_score"]
+            if self.best is None or score < self.best[0]:
+                self.best = score, self.done
+                if self.processes.is_main_process:
+                    save(self.base, checkpoints.best_of(self.run), NAME)
+        return found
 
     def _autocast(self) -> torch.autocast:
         dtype = torch.float16 if self.options.mixed_precision == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype=dtype, enabled=self.options.mixed_precision != "no")
 
     def sample(self) -> None:
-        """Validation pictures; a failure is told and does not end the run."""
+        """Validation pictures, and the adapter that painted them; a failure is told and does not end the run."""
+        main = self.processes.is_main_process
+        if not main and not wants_shards(self.options.shard):
+            return
         prompts = list(self.options.sample_prompts or dict.fromkeys(self.material.captions))[:4]
+        folder = self.run / "samples"
         try:
-            folder = self.run / "samples"
-            folder.mkdir(exist_ok=True)
-            # The gate is not calibrated yet: these prompts are the concept's, so it stands open.
-            with torch.no_grad(), open_gate(self.base, NAME):
+            with torch.no_grad(), self.as_saved(), self._calibrated():
+                if main:
+                    save(self.base, folder / "adapter", NAME)
                 pictures = generate(self.pipe, prompts, seed=self.options.seed)
-            for i, picture in enumerate(pictures):
+            for i, picture in enumerate(pictures if main else ()):
                 picture.save(folder / f"step-{self.done:06d}-{i}.png")
         except Exception as error:  # whatever a pipeline raises, the run is worth more than its pictures
-            _say(f"warning: validation pictures at step {self.done} failed: {type(error).__name__}: {error}")
+            say(f"warning: validation pictures at step {self.done} failed: {type(error).__name__}: {error}")
+
+    def _calibrated(self) -> AbstractContextManager[None]:
+        if not self.options.gated:
+            return nullcontext()
+        return gating.calibrated(self.base, self.backbone, self.material, NAME)
 
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step; returns every term of the loss under its own name."""
-        factor = schedule(step, self.options.steps)
+        o = self.options
+        factor = optimizers.schedule(step, o.steps, o.schedule, o.warmup, o.floor)
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * factor
         self._set_k(step)
@@ -362,9 +473,7 @@ class Run:
                 self.scaler.scale(total / o.grad_accumulation).backward()
                 for name, value in {**losses, "l0": l0}.items():
                     terms[name] = terms.get(name, 0.0) + value.item() / o.grad_accumulation
-        if self.processes.num_processes > 1:
-            for p in self.parameters():
-                p.grad = reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
+        mean_gradients(self.parameters(), self.processes)
         return terms
 
     def _taking_part(self, step: int) -> ExitStack:
@@ -394,9 +503,9 @@ class Run:
         far[batch.others] = batch.picks >= self.material.class_pictures
         for site, calls in codes.items():
             real = self.backbone.layout(site, batch.conditioning, tokens).real & far.to(self.device)[:, None]
-            before = FORGET * self.reach.get(site, calls[-1].new_zeros(calls[-1].shape[-1], dtype=torch.float32))
-            seen = calls[-1][real].abs().float()
-            self.reach[site] = torch.maximum(before, seen.amax(0)) if len(seen) else before
+            sizes = torch.where(real[..., None], calls[-1].abs().float(), 0).flatten(0, -2).amax(0)
+            self.reach[site] = torch.maximum(FORGET * self.reach.get(site, torch.zeros_like(sizes)), sizes)
+        highest(self.reach, self.processes)
 
     def parameters(self) -> list[nn.Parameter]:
         """What the optimizer trains."""
@@ -416,6 +525,8 @@ class Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.update()
 
     def _set_k(self, step: int) -> None:
         if self.options.k is None:
@@ -479,19 +590,3 @@ class Run:
         found = checkpoints.newest(self.run)
         good = f"The last good checkpoint is {found[1]}." if found else "There is no checkpoint yet."
         return f"Training stopped at step {step + 1}: `{', '.join(bad)}` is not finite. {good} Lower --lr."
-
-
-def schedule(step: int, steps: int) -> float:
-    """Factor on the learning rate: linear over the first 5 % of the steps, then cosine to a tenth."""
-    warm = max(1, steps // 20)
-    if step < warm:
-        return (step + 1) / warm
-    return 0.55 + 0.45 * math.cos(math.pi * (step - warm) / max(1, steps - warm))
-
-
-def _cut_log(path: Path, done: int) -> None:
-    """Forget logged steps after the checkpoint that a resumed run starts from."""
-    if path.exists():
-        lines = [ln for ln in path.read_text(encoding="utf-8").splitlines() if ln.startswith("{")]
-        whole = [ln for ln in lines if ln.endswith("}") and json.loads(ln)["step"] <= done]
-        path.write_text("".join(f"{ln}\n" for ln in whole), encoding="utf-8")

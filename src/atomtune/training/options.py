@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from atomtune.errors import UserError
+
+SCHEDULES = ("cosine", "linear", "constant")
+"""What the learning rate does after its warm-up."""
+OPTIMIZERS = ("adamw", "adamw8bit", "adopt", "came", "lion", "muon", "prodigy")
+"""Optimizers of encoders and atoms: `training.optimizers` makes them."""
+TRACKERS = ("tensorboard", "wandb", "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio")
+"""Those of accelerate."""
+
+
+def later(default: Any) -> Any:
+    """A field that came when results were stored already: at its default it is no part of `essence`."""
+    return field(default=default, metadata={"later": True})
 
 
 @dataclass(frozen=True)
@@ -30,7 +43,7 @@ class TrainOptions:
     unrelated_batch: int | None = None
     """Unrelated pictures a step. None: as many as `batch_size`. 0: no silence term and no distillation."""
     lr: float = 4e-3
-    """Learning rate of encoders and atoms (AdamW); linear warm-up over 5 % of the steps, cosine to a tenth."""
+    """Learning rate of encoders and atoms, after the warm-up and before `schedule` lowers it."""
     n_atoms: int = 32
     """Atoms a site."""
     sparsifier: str = "relu"
@@ -89,6 +102,29 @@ class TrainOptions:
     sample_prompts: tuple[str, ...] = ()
     """Prompts of the validation pictures. Empty: the first captions."""
 
+    optimizer: str = later("adamw")
+    """adamw, adamw8bit (bitsandbytes), muon, or adopt, came, lion, prodigy (with --lr 1; pytorch-optimizer)."""
+    schedule: str = later("cosine")
+    """What the learning rate does after the warm-up: cosine or linear, down to `floor`, or constant."""
+    warmup: float = later(0.05)
+    """Share of the steps over which the learning rate rises."""
+    floor: float = later(0.1)
+    """Share of the learning rate that is left at the end."""
+    ema: float = 0.0
+    """Decay of a running mean of the adapter, such as 0.999, which is then what is sampled, validated and saved."""
+    held_out: int = 0
+    """How many pictures are kept for validation, drawn by the seed. 0: it uses those that are learned from."""
+    validate_every: int | None = None
+    """Steps between validations: loss at fixed noise, and drift on unrelated prompts. None: none."""
+    patience: int | None = None
+    """Stop after this many validations without a better one. None: never before `steps`."""
+    trackers: tuple[str, ...] | None = None
+    """Where curves go, such as tensorboard or wandb. None: tensorboard, where it is installed."""
+    shard: bool = False
+    """Share the frozen base among the processes (FSDP2), instead of one whole copy on each."""
+    hub: str | None = None
+    """Hub repository, owner/name, that receives the finished adapter; a new one is private."""
+
     def __post_init__(self) -> None:
         for name in (
             "steps",
@@ -100,6 +136,8 @@ class TrainOptions:
             "checkpoint_every",
             "keep_checkpoints",
             "sample_every",
+            "validate_every",
+            "patience",
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
@@ -121,6 +159,22 @@ class TrainOptions:
             raise UserError(f"`unrelated_batch` must be 0 or more, got {self.unrelated_batch}.")
         if self.unrelated_pictures < 1:
             raise UserError(f"`unrelated_pictures` must be at least 1, got {self.unrelated_pictures}.")
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            _among(name, getattr(self, name), known)
+        for name in self.trackers or ():
+            _among("trackers", name, TRACKERS)
+        for name, top in (("warmup", 1.0), ("floor", 1.0), ("ema", 0.99999)):
+            if not 0 <= getattr(self, name) <= top:
+                raise UserError(f"`{name}` must be between 0 and {top:g}, got {getattr(self, name)}.")
+        if self.held_out < 0:
+            raise UserError(f"`held_out` must be 0 or more, got {self.held_out}.")
+        if self.validate_every is None and (self.patience is not None or self.held_out):
+            name = "held_out" if self.held_out else "patience"
+            raise UserError(f"`{name}` must come with validation, got no --validate-every. Give it, such as 50.")
+        if self.optimizer == "prodigy" and self.lr < 0.1:
+            raise UserError(f"`lr` must be about 1 with prodigy, which finds its own, got {self.lr:g}. Give --lr 1.")
+        if self.hub is not None and self.hub.count("/") != 1:
+            raise UserError(f"`hub` must be owner/name, got {self.hub!r}.")
         if self.concept is not None and not self.concept.strip():
             raise UserError("`concept` must be words, got nothing. Leave it out for a run without a gate.")
 
@@ -140,27 +194,22 @@ class TrainOptions:
         return plain
 
     def essence(self) -> dict[str, Any]:
-        """`to_dict` without what is off: an option that is new, and off by default, does not change it."""
-        off = {f.name for f in dataclasses.fields(self) if not f.default}
-        return {name: value for name, value in self.to_dict().items() if value or name not in off}
+        """`to_dict` without what is off, and without what came later (see `later`), where it stands at its default.
+
+        So a new option does not change what stored results are found by.
+        """
+        plain, default = self.to_dict(), type(self)().to_dict()
+        silent = {f.name for f in dataclasses.fields(self) if not f.default or f.metadata.get("later")}
+        return {name: value for name, value in plain.items() if name not in silent or value != default[name]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainOptions:
-        """The options of `to_dict`. Raises UserError on unknown keys."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise UserError(f"Unknown option {unknown[0]!r} in a saved run. Was it made by a newer atomtune?")
-        read: dict[str, Any] = dict(values)
-        for field in dataclasses.fields(cls):
-            if field.type == "float" and field.name in read:  # JSON knows no difference between 1 and 1.0
-                read[field.name] = float(read[field.name])
-        for name in ("sites", "sample_prompts"):
-            if read.get(name) is not None:
-                read[name] = tuple(read[name])
-        if read.get("unrelated") is not None:
-            read["unrelated"] = Path(read["unrelated"])
-        return cls(**read)
+        """The options of `to_dict`. Raises UserError on unknown keys and on values of another type."""
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        for name in values:
+            if name not in fields:
+                raise UserError(f"Unknown option {name!r} in a saved run.{close(name, fields)} Of a newer atomtune?")
+        return cls(**{name: _read(name, value, str(fields[name].type)) for name, value in values.items()})
 
     def to_json(self) -> str:
         """The options as JSON; `from_json` reads it back."""
@@ -170,3 +219,30 @@ class TrainOptions:
     def from_json(cls, text: str) -> TrainOptions:
         """The options of `to_json`. Raises UserError on unknown keys."""
         return cls.from_dict(json.loads(text))
+
+
+def close(name: str, known: Collection[str]) -> str:
+    """A hint at the nearest known name, or nothing."""
+    found = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean `{found[0]}`?" if found else ""
+
+
+def _among(field: str, value: str, known: Collection[str]) -> None:
+    if value not in known:
+        raise UserError(f"`{field}` must be one of {', '.join(known)}, got {value!r}.{close(value, known)}")
+
+
+def _read(name: str, value: Any, kind: str) -> Any:
+    """A value as JSON has it, as the type that the field is annotated with."""
+    kind, _, optional = kind.partition(" | ")
+    if value is None and optional:
+        return None
+    if kind.startswith("tuple") and isinstance(value, list | tuple):
+        return tuple(value)
+    if kind == "float" and type(value) in (int, float):  # JSON knows no difference between 1 and 1.0
+        return float(value)
+    if kind == "Path" and isinstance(value, str | Path):
+        return Path(value)
+    if type(value).__name__ != kind:
+        raise UserError(f"`{name}` of a saved run must be {kind}, got {value!r}.")
+    return value

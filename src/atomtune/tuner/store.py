@@ -64,9 +64,13 @@ def save(
     _check_finite(tensors, "Training diverged; nothing was saved.")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file. Give a folder.")
+    config = adapter_config(base, adapter)
+    print_of_base = fingerprint(base)
+    if print_of_base.startswith(PARTIAL):  # what it was while the base could be read tells more
+        print_of_base = config.base_fingerprint or print_of_base
     config = dataclasses.replace(
-        adapter_config(base, adapter),
-        base_fingerprint=fingerprint(base),
+        config,
+        base_fingerprint=print_of_base,
         atomtune_version=importlib.metadata.version("atomtune"),
         inference_mode=True,
     )
@@ -84,6 +88,8 @@ def save(
                 for name, t in named.items()
             }
             safetensors.torch.save_file(flat, fresh / STATISTICS, metadata={"format": "pt"})
+        for path in fresh.glob("*.safetensors"):  # which safetensors makes for their owner only
+            shutil.copymode(fresh / CONFIG, path)
         if noted := notes_text(base, adapter):
             (fresh / NOTES).write_text(noted, encoding="utf-8")
         (fresh / CARD).write_text(_card(config, card or {}, fresh))

@@ -1,0 +1,175 @@
+"""A run's folder: what it began with, who trains in it, and where that stands."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from atomtune.data.folder import Scan
+from atomtune.errors import UserError
+from atomtune.files import write_whole
+from atomtune.training import config
+from atomtune.training.options import TrainOptions
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where nobody is kept from a run that is being trained
+    fcntl = None  # type: ignore[assignment]
+
+OPTIONS, CONFIG, DATA, STATUS, LOCK, LOG = (
+    "options.json",
+    "config.toml",
+    "data.json",
+    "status.json",
+    ".lock",
+    "log.jsonl",
+)
+
+
+def say(text: str) -> None:
+    """A message on stderr, above the progress bar; stdout is for data."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def check_free(run: Path, options: TrainOptions) -> TrainOptions:
+    """The options, where the folder is free for a new run. Raises UserError where it is not."""
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        more = ""
+        if (found := status(run)) and found["state"] in ("preparing", "training"):
+            who = f"process {found['pid']} on {found['host']}"
+            gone = "is training there" if _is_held(run) else f"ended without a word at step {found['step']}"
+            more = f" ({who} {gone})"
+        raise UserError(f"`out` exists and is not empty: {run}{more}. Choose another folder, or go on with --resume.")
+    return options
+
+
+def stored(run: Path, given: TrainOptions) -> TrainOptions:
+    """The options that a run began with: a resumed run keeps them, and says so where others were given."""
+    path = run / OPTIONS
+    if not path.is_file():
+        raise UserError(f"`out` must be the folder of a run to resume, but {run} has no {OPTIONS}.")
+    found = TrainOptions.from_json(path.read_text(encoding="utf-8"))
+    for field in dataclasses.fields(TrainOptions):
+        old, new = getattr(found, field.name), getattr(given, field.name)
+        if new not in (old, field.default):
+            say(f"warning: a resumed run keeps its options: `{field.name}` stays {old}, not {new}")
+    return found
+
+
+def claim(run: Path, options: TrainOptions, settings: Mapping[str, Any], scan: Scan) -> None:
+    """Make the folder ours, once nothing is known to be wrong: a second try finds it free."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"`out` can't be written: {error}.") from error
+    write_whole(run / OPTIONS, options.to_json())
+    write_whole(run / CONFIG, config.text({**settings, **options.to_dict()}))
+    write_whole(run / DATA, json.dumps(_digests(scan), indent=1, ensure_ascii=False) + "\n")
+
+
+def check_data(run: Path, scan: Scan, allow_changed: bool) -> None:
+    """Raises UserError where pictures, captions or masks are not those that the run began with."""
+    if not (run / DATA).is_file():
+        return
+    before, now = json.loads((run / DATA).read_text(encoding="utf-8")), _digests(scan)
+    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    if not changed:
+        return
+    kinds = ("gone" if n not in now else "new" if n not in before else "changed" for n in changed)
+    told = ", ".join(f"{name} ({kind})" for name, kind in list(zip(changed, kinds, strict=True))[:3])
+    told += f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    if not allow_changed:
+        raise UserError(
+            f"`data` is not what this run began with: {told}. Put it back, start a new run, or go on with "
+            "--allow-changed-data."
+        )
+    say(f"warning: data has changed since the run began: {told}")
+
+
+def _digests(scan: Scan) -> dict[str, dict[str, Any]]:
+    """What is learned from, by the picture's name."""
+    return {
+        sample.path.name: {"sha256": sample.digest, "caption": sample.caption, "mask": _bytes(sample.mask)}
+        for sample in scan.samples
+    }
+
+
+def _bytes(path: Path | None) -> str | None:
+    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------- status
+
+
+@contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Inside, no other process can train here; the system lets go of it when this one dies, however it does."""
+    with (run / LOCK).open("a") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                found = status(run) or {}
+                raise UserError(
+                    f"`out` is being trained by process {found.get('pid')} on {found.get('host')}, at step "
+                    f"{found.get('step')}: {run}. Stop that one first, or choose another folder."
+                ) from None
+        yield
+
+
+def _is_held(run: Path) -> bool:
+    try:
+        with held(run):
+            return False
+    except UserError:
+        return True
+
+
+def status(run: Path) -> dict[str, Any] | None:
+    """Where a run stands, as it was last written."""
+    try:
+        found: dict[str, Any] = json.loads((run / STATUS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if {"state", "step", "pid", "host"} <= found.keys() else None
+
+
+def set_status(run: Path, state: str, step: int, steps: int, **more: Any) -> None:
+    """Write where the run stands: preparing, training, stopped, failed or finished."""
+    facts = {"state": state, "step": step, "steps": steps, "pid": os.getpid(), "host": socket.gethostname()}
+    facts |= {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **more}
+    write_whole(run / STATUS, json.dumps(facts, indent=1) + "\n")
+
+
+# ---------------------------------------------------------------------------------------------------------- log
+
+
+def cut_log(path: Path, done: int) -> None:
+    """Forget logged steps after the checkpoint that a resumed run starts from."""
+    if path.exists():
+        lines = [ln for ln in path.read_text(encoding="utf-8").splitlines() if ln.startswith("{")]
+        whole = [ln for ln in lines if ln.endswith("}") and json.loads(ln)["step"] <= done]
+        path.write_text("".join(f"{ln}\n" for ln in whole), encoding="utf-8")
+
+
+def tell_skipped(found: Scan) -> None:
+    """What lies in the data folder and is not learned from, and why: nothing is passed over in silence."""
+    reasons: dict[str, list[str]] = {}
+    for skipped in found.skipped:
+        kind = skipped.reason.partition(":")[0]
+        if kind != "caption":
+            reasons.setdefault(kind, []).append(skipped.path.name)
+    for reason, names in reasons.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        say(f"passed over, {reason}: {', '.join(names[:3])}{more}")

@@ -1,0 +1,74 @@
+"""How good an adapter is, by two numbers that a later step can be compared with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from atomtune.backbones import Backbone, Conditioning, select
+from atomtune.errors import UserError
+from atomtune.training import objective
+from atomtune.training.prepare import Material
+from atomtune.tuner import base_only
+
+TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
+ROWS = 8
+"""At most this many unrelated pictures, and pictures in a forward."""
+
+
+def split(material: Material, number: int, seed: int) -> tuple[Material, Material]:
+    """What is learned from, and what is validated on: `number` pictures drawn by the seed, or with 0 all of them."""
+    if not number:
+        return material, material
+    total = len(material.latents)
+    if number >= total:
+        raise UserError(f"`held_out` must leave pictures to learn from: it is {number}, and there are {total}.")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    kept, held = order[number:].sort().values, order[:number].sort().values
+    return _rows(material, kept), _rows(material, held)
+
+
+def _rows(material: Material, rows: Tensor) -> Material:
+    return dataclasses.replace(
+        material,
+        captions=tuple(material.captions[i] for i in rows.tolist()),
+        latents=material.latents[rows],
+        conditioning=select(material.conditioning, rows),
+        masks=material.masks[rows],
+    )
+
+
+@torch.no_grad()
+def validate(base: nn.Module, backbone: Backbone, material: Material, seed: int) -> dict[str, float]:
+    """Loss on pictures, drift on unrelated ones, and their sum, which ranks checkpoints; lower is better.
+
+    Both are mean squared errors of velocities, at the same times and noise whenever it is asked: against the true
+    velocity, and against the base's own prediction.
+    """
+    loss = drift = 0.0
+    for x, s, velocity, conditioning in _noised(material.latents, material.conditioning, seed):
+        predicted = backbone.predict(base, x, s, conditioning)
+        loss += objective.flow_matching(predicted, velocity).item() * len(x) / len(material.latents) / len(TIMES)
+    unrelated = material.unrelated_latents[:ROWS]
+    rows = torch.arange(len(unrelated))
+    for x, s, _, conditioning in _noised(unrelated, select(material.unrelated_conditioning, rows), seed + 1):
+        adapted = backbone.predict(base, x, s, conditioning)
+        with base_only(base):
+            plain = backbone.predict(base, x, s, conditioning)
+        drift += objective.flow_matching(adapted, plain).item() * len(x) / len(unrelated) / len(TIMES)
+    return {"validation_loss": loss, "validation_drift": drift, "validation_score": loss + drift}
+
+
+def _noised(
+    latents: Tensor, conditioning: Conditioning, seed: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Conditioning]]:
+    generator = torch.Generator().manual_seed(seed)
+    for time in TIMES:
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        x, velocity = objective.noised(latents, torch.full((len(latents),), time, device=latents.device), noise)
+        for at in torch.arange(len(latents)).split(ROWS):
+            s = torch.full((len(at),), time, device=latents.device)
+            yield x[at], s, velocity[at], select(conditioning, at)
