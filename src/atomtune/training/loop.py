@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def train(
         with base_only(base):
             material = prepare(pipe, backbone, Path(data), options, run)
         if processes.is_main_process:
-            _tell(material.scan)
+            _tell(material.scan, material.said)
             if not resume:
                 _claim(run, options)
         processes.wait_for_everyone()
@@ -129,16 +129,14 @@ def _claim(run: Path, options: TrainOptions) -> None:
         raise UserError(f"`out` can't be written: {error}.") from error
 
 
-def _tell(found: Scan) -> None:
-    """What lies in the data folder and is not learned from, and why: nothing is passed over in silence."""
-    reasons: dict[str, list[str]] = {}
-    for skipped in found.skipped:
-        kind = skipped.reason.partition(":")[0]
-        if kind != "caption":
-            reasons.setdefault(kind, []).append(skipped.path.name)
-    for reason, names in reasons.items():
+def _tell(found: Scan, said: Sequence[str] = ()) -> None:
+    """What lies in the data folder and is not learned from, and why, and what became of the rest; not in silence."""
+    for reason, names in found.by_reason().items():
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        _say(f"passed over, {reason}: {', '.join(names[:3])}{more}")
+        if reason != "caption":
+            _say(f"passed over, {reason}: {', '.join(names[:3])}{more}")
+    for line in said:
+        _say(line)
 
 
 def _say(text: str) -> None:
@@ -406,12 +404,12 @@ class Run:
         tokens = math.prod(backbone.grid(self.base, batch.x))
         with self._autocast(), record(self.base, NAME) as recording:
             predicted = backbone.predict(self.base, batch.x, batch.s, batch.conditioning)
-        losses = {"task": objective.flow_matching(predicted[concept], batch.velocity[concept])}
+        losses = {"task": objective.flow_matching(predicted[concept], batch.velocity[concept], batch.weight)}
         if o.unrelated_rows and o.silence:
             quiet = objective.silence(recording, backbone, batch.conditioning, tokens, others, o.margin)
             losses["silence"] = o.silence * quiet
         if o.inner:
-            around = objective.around(recording, backbone, batch.conditioning, 1 - m.masks[batch.rows], o.margin)
+            around = objective.around(recording, backbone, batch.conditioning, 1 - batch.masks, o.margin)
             losses["inner"] = o.inner * around
         if o.unrelated_rows and o.prior:
             losses["prior"] = o.prior * objective.flow_matching(predicted[others], batch.velocity[others])
