@@ -176,7 +176,7 @@ def test_latents_are_cached_by_content(pipe: Any, kites: Path, tmp_path: Path, m
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("encoded although it is cached")
 
-    monkeypatch.setattr("atomtune.training.prepare.generate", never)
+    monkeypatch.setattr("atomtune.training.encode.generate", never)
     monkeypatch.setattr(pipe.vae, "encode", never)
     again = prepare(pipe, backbone_of(pipe), kites, options, tmp_path / "b")
     assert torch.equal(first.latents, again.latents)

@@ -37,7 +37,9 @@ def listing(paths: Sequence[Path], caption_extension: str, caption_column: str |
     found.pictures.sort(key=lambda file: file.name)
     for file in found.pictures:
         if (note := said.get(normal(file.stem))) is not None:
-            found.notes[normal(file.name)] = note_of(json_of(text_of(note), str(note)), str(note), "json", caption_column)
+            found.notes[normal(file.name)] = note_of(
+                json_of(text_of(note), str(note)), str(note), "json", caption_column
+            )
     return found
 
 

@@ -80,7 +80,9 @@ def _open(datasets: Any, source: str | Path) -> Any:
             files = sorted(map(str, Path(text).glob("*.parquet"))) if Path(text).is_dir() else [text]
             table = datasets.load_dataset("parquet", data_files=files)
     except Exception as error:  # whatever a reader raises, the file is the user's
-        raise UserError(f"{source} cannot be read as a data set: {(str(error) or type(error).__name__).splitlines()[0]}.") from error
+        raise UserError(
+            f"{source} cannot be read as a data set: {(str(error) or type(error).__name__).splitlines()[0]}."
+        ) from error
     if isinstance(table, datasets.Dataset):
         return table
     splits = list(table)

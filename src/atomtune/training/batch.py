@@ -55,7 +55,9 @@ def draw(
     items = [material.items[number] for number, _ in visits]
     bucket = material.buckets[items[0].bucket]
     at = torch.tensor([item.place for item in items])
-    view = torch.tensor([(epoch + item.turn) % len(bucket.latents) for item, (_, epoch) in zip(items, visits, strict=True)])
+    view = torch.tensor(
+        [(epoch + item.turn) % len(bucket.latents) for item, (_, epoch) in zip(items, visits, strict=True)]
+    )
     rows = torch.tensor(bucket.rows)[at]
     latents, conditioning = bucket.latents[view, at], select(material.conditioning, rows)
     if options.unrelated_rows:
