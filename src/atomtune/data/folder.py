@@ -193,7 +193,7 @@ def _refuse_empty(place: str, skipped: Sequence[Skipped]) -> None:
     counts = {kind: len(names) for kind, names in _by_reason(skipped).items()}
     told = ", ".join(f"{count} x {kind}" for kind, count in sorted(counts.items())) or "it is empty"
     advice = {
-        "folder": "to read one of the folders inside, name it as --data",
+        "folder": "to read one of the folders inside, name it as --data, to read all, name this one as imagefolder:FOLDER",
         "too large": "raise --max-pixels for the too large ones",
         "cannot be decoded": "leave --skip-broken away to see what is wrong with each",
         "link out of the folder": "pass --follow-links to follow the links",
