@@ -48,9 +48,10 @@ def data(tmp_path: Path) -> Path:
     folder = tmp_path / "data"
     folder.mkdir()
     rng = np.random.RandomState(0)
-    for i, shape in enumerate(((64, 64), (80, 48), (60, 60), (96, 60), (40, 70))):
+    shapes = {"one": (64, 64), "two": (80, 48), "three": (60, 60), "four": (96, 60), "five": (40, 70)}
+    for i, (name, shape) in enumerate(shapes.items()):
         Image.fromarray(rng.randint(0, 255, (*shape, 3)).astype(np.uint8)).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"kite number {'one two three four five'.split()[i]}")
+        (folder / f"{i}.txt").write_text(f"kite number {name}")
     return folder
 
 
@@ -106,7 +107,7 @@ def clean(found: Batch) -> Tensor:
 def test_no_picture_is_paired_with_anothers_caption(
     pipe: Any, ready: Callable[..., Material], data: Path, changes: dict[str, Any]
 ) -> None:
-    """Complaint: cached latents or prompts paired with another picture's after a shuffle. Three epochs, cold and warm."""
+    """Complaint: cached latents or prompts paired with another picture's after a shuffle; here in three epochs."""
     backbone = backbone_of(pipe)
     for _ in ("cold", "warm"):
         material = ready(**changes)

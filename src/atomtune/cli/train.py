@@ -17,7 +17,8 @@ class Command:
     """Train an adapter on a folder of pictures."""
 
     data: Path
-    """Folder of pictures, each with a caption (.txt beside it, metadata.jsonl, or --caption)."""
+    """Folder of pictures, each with a caption (.txt beside it, metadata.jsonl, or --caption), or of .tar shards; also a
+    data set: a saved folder, .parquet, imagefolder:FOLDER, hub:OWNER/NAME."""
     base: str = "embedded"
     """A diffusers pipeline folder or hub id; "embedded" is the small model that ships with atomtune."""
     out: Path | None = None

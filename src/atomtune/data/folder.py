@@ -81,8 +81,8 @@ def _list(folder: Path, caption_extension: str, caption_column: str | None, foll
                 raise UserError(f"{path}: {why}.")
             listing.broken.append(Skipped(path, why))
     names = {normal(path.name) for path in (*listing.pictures, *(item.path for item in listing.broken))}
-    for path in listing.metadata:
-        listing.notes.update(_read_metadata(path, names, caption_column))
+    for metadata in listing.metadata:
+        listing.notes.update(_read_metadata(metadata, names, caption_column))
     return listing
 
 
@@ -137,8 +137,8 @@ def _inspect(path: File, mask: File | None, max_pixels: int) -> tuple[int, int, 
         raise UserError(f"cannot be decoded: {path.suffix.lower()} is not read here, convert it to PNG or JPEG")
     try:
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if not file.seek(0, 2):
+            data = file.read()
+            if not data:
                 raise UserError("empty file: 0 bytes")
             file.seek(0)
             decoded = decode(file, max_pixels=max_pixels)
@@ -155,7 +155,7 @@ def _inspect(path: File, mask: File | None, max_pixels: int) -> tuple[int, int, 
                 f"mask does not match: {mask.name} must have the picture's shape {picture.width} x "
                 f"{picture.height}, got {masked.width} x {masked.height}"
             )
-    return picture.width, picture.height, digest, clear
+    return picture.width, picture.height, hashlib.sha256(data).hexdigest(), clear
 
 
 def _find_note(path: File, listing: Listing, shared: str) -> Note | None:
@@ -193,7 +193,7 @@ def _refuse_empty(place: str, skipped: Sequence[Skipped]) -> None:
     counts = {kind: len(names) for kind, names in _by_reason(skipped).items()}
     told = ", ".join(f"{count} x {kind}" for kind, count in sorted(counts.items())) or "it is empty"
     advice = {
-        "folder": "to read one of the folders inside, name it as --data, to read all, name this one as imagefolder:FOLDER",
+        "folder": "to read one of the folders inside, name it as --data, for all of them imagefolder:FOLDER",
         "too large": "raise --max-pixels for the too large ones",
         "cannot be decoded": "leave --skip-broken away to see what is wrong with each",
         "link out of the folder": "pass --follow-links to follow the links",

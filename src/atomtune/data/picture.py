@@ -18,6 +18,7 @@ from atomtune.data.views import WHOLE, Size, View
 from atomtune.errors import UserError
 
 MAX_PIXELS = 100_000_000  # width * height
+SCANNED = 2**62  # no limit, for files that a scan has let through
 WHITE = (255, 255, 255)
 
 # Only these are tried, whatever a file's name says: another of Pillow's readers runs Ghostscript.

@@ -35,9 +35,9 @@ def listing(paths: Sequence[Path], caption_extension: str, caption_column: str |
             else:
                 found.add(file, caption_extension)
     found.pictures.sort(key=lambda file: file.name)
-    for file in found.pictures:
-        if (note := said.get(normal(file.stem))) is not None:
-            found.notes[normal(file.name)] = note_of(
+    for picture in found.pictures:
+        if (note := said.get(normal(picture.stem))) is not None:
+            found.notes[normal(picture.name)] = note_of(
                 json_of(text_of(note), str(note)), str(note), "json", caption_column
             )
     return found

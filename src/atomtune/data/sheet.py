@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from PIL import Image, ImageDraw
 
 from atomtune.data.folder import Sample
-from atomtune.data.picture import fit, open_picture
+from atomtune.data.picture import SCANNED, fit, open_picture
 from atomtune.data.views import WHOLE, Size, View
 
 TILE = 256
@@ -16,7 +16,7 @@ LINE = 14
 
 def seen(sample: Sample, size: Size, view: View = WHOLE) -> Image.Image:
     """The picture that is encoded: upright, on white where it is clear, cut to the shape of `size`."""
-    return fit(open_picture(sample.path), size, view)
+    return fit(open_picture(sample.path, max_pixels=SCANNED), size, view)
 
 
 def contact_sheet(samples: Sequence[Sample], sizes: Sequence[Size], views: Sequence[View] | None = None) -> Image.Image:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from atomtune.backbones import Backbone, Conditioning, denoiser, join, select
 from atomtune.data.cache import Cache, key
 from atomtune.data.folder import Sample
-from atomtune.data.picture import alpha_mask, fit, open_mask, to_tensor
+from atomtune.data.picture import SCANNED, alpha_mask, fit, open_mask, to_tensor
 from atomtune.data.sheet import seen
 from atomtune.data.views import WHOLE, Size, View
 from atomtune.effect import spread
@@ -58,10 +58,7 @@ class Encoder:
 
     def words(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts, each encoded by itself and kept."""
-        parts = [
-            self.cache.get(key(self.text, prompt), lambda prompt=prompt: self._conditioning([prompt]))
-            for prompt in prompts
-        ]
+        parts = [self.cache.get(key(self.text, prompt), partial(self._conditioning, [prompt])) for prompt in prompts]
         return {name: value.to(self.device) for name, value in _joined(parts).items()}
 
     def prompts(self, prompts: Sequence[str]) -> Conditioning:
@@ -76,7 +73,7 @@ class Encoder:
 
         def make() -> dict[str, Tensor]:
             pixels = to_tensor(seen(sample, size, view))
-            return {"latents": self._encoded(pixels[None], str(sample.path))}
+            return self._encoded(pixels[None], str(sample.path))
 
         return self.cache.get(key(self.vae, sample.digest, str(size), str(view)), make)["latents"].to(self.device)
 
@@ -103,14 +100,14 @@ class Encoder:
             pixels = torch.stack([to_tensor(fit(picture, size)) for picture in pictures[start : start + many]])
             entry = key(self.vae, str(tuple(pixels.shape)), pixels.numpy().tobytes())
             make = partial(self._encoded, pixels, "a picture that the base has painted")
-            found.append(self.cache.get(entry, lambda make=make: {"latents": make()})["latents"].to(self.device))
+            found.append(self.cache.get(entry, make)["latents"].to(self.device))
         return found
 
-    def _encoded(self, pixels: Tensor, name: str) -> Tensor:
+    def _encoded(self, pixels: Tensor, name: str) -> dict[str, Tensor]:
         latents = self.backbone.encode_pictures(self.pipe, pixels.to(self.device))
         if not latents.isfinite().all():
             raise UserError(f"{name} gives latents that are not finite in {latents.dtype}. Use fp32.")
-        return latents.contiguous()
+        return {"latents": latents.contiguous()}
 
     def bucket(
         self,
@@ -148,7 +145,7 @@ class Encoder:
         """By the user's masks where all pictures have one, else where the base is surprised."""
         files = [sample.mask for sample in samples if sample.mask is not None]
         if len(files) == len(samples):
-            pictures = [open_mask(file) for file in files]
+            pictures = [open_mask(file, max_pixels=SCANNED) for file in files]
             return torch.stack([_shares(pictures, size, turn, grid) for turn in turns])
 
         def guess() -> dict[str, Tensor]:
@@ -165,10 +162,14 @@ def _counts(sample: Sample) -> Image.Image:
     """What counts in the task, white: by the sample's mask, else its transparency, else all of it."""
     if sample.mask is None and not sample.clear:
         return Image.new("L", (sample.width, sample.height), 255)
-    picture = open_mask(sample.mask) if sample.mask is not None else alpha_mask(sample.path)
-    if picture is None or not picture.getbbox():
+    counts = (
+        alpha_mask(sample.path, max_pixels=SCANNED)
+        if sample.mask is None
+        else open_mask(sample.mask, max_pixels=SCANNED)
+    )
+    if counts is None or not counts.getbbox():
         raise UserError(f"{sample.mask or sample.path} marks nothing as the subject: it is black, or clear, all over.")
-    return picture
+    return counts
 
 
 def _shares(
@@ -189,5 +190,5 @@ def _joined(parts: Sequence[Conditioning]) -> Conditioning:
 
 def _weights_key(model: nn.Module) -> str:
     """A hash of a network's weights, of its settings, and of the precision that it computes in."""
-    settings = dict(model.config) if isinstance(model.config, dict) else {}  # type: ignore[arg-type]
+    settings = dict(model.config) if isinstance(model.config, dict) else {}
     return key(fingerprint(model), str(settings), str(model.dtype))
