@@ -227,7 +227,9 @@ def test_the_gate_learns_to_tell_prompts_apart(pipe: Any, kites: Path, runs: Pat
 def test_what_is_passed_over_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     names = ("a.psd.bak", "b.doc", "c.doc", "d.doc", "e.doc")
     skipped = tuple(Skipped(Path(name), "not a picture") for name in names)
-    loop._tell(Scan((), (*skipped, Skipped(Path("0.txt"), "caption: of 0.png"))))
+    loop._tell(
+        Scan((), (*skipped, Skipped(Path("0.txt"), "caption: of 0.png"), Skipped(Path("0.mask.png"), "mask: of 0.png")))
+    )
     told = capsys.readouterr()
     assert told.err == "passed over, not a picture: a.psd.bak, b.doc, c.doc and 2 more\n"
     assert told.out == ""

@@ -155,7 +155,7 @@ class Encoder:
         whole = self.cache.get(key(self.base, "surprise", str(size), *pairs), guess)["masks"]
         # What a view shows of the guess is cut from the guess as from a picture.
         pictures = [Image.fromarray((mask.view(grid) * 255).byte().numpy()) for mask in whole]
-        return torch.stack([whole, *(_shares(pictures, size, turn, grid) for turn in turns[1:])])
+        return torch.stack([whole, *(_shares(pictures, (grid[1], grid[0]), turn, grid) for turn in turns[1:])])
 
 
 def _counts(sample: Sample) -> Image.Image:

@@ -133,7 +133,7 @@ def _tell(found: Scan, said: Sequence[str] = ()) -> None:
     """What lies in the data folder and is not learned from, and why, and what became of the rest; not in silence."""
     for reason, names in found.by_reason().items():
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        if reason != "caption":
+        if reason not in ("caption", "mask"):  # those of a picture
             _say(f"passed over, {reason}: {', '.join(names[:3])}{more}")
     for line in said:
         _say(line)
