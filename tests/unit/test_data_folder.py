@@ -87,7 +87,7 @@ def test_what_is_no_picture_is_skipped_with_its_reason_and_never_decoded(
         "folder.png": "folder: only pictures directly in the folder are read",
         "lone.mask.png": "mask without a picture: none is named lone",
         "lone.txt": "caption without a picture: none is named lone",
-        "metadata.csv": "caption file not used: only metadata.jsonl is read",
+        "metadata.csv": "caption file not used: only metadata.jsonl is read, or name the folder as imagefolder:FOLDER",
         "metadata.jsonl": "captions of several pictures",
         "pipe.png": "special file",
     }

@@ -2,7 +2,7 @@
 
 import pytest
 
-from atomtune.data.order import batch_at, epoch_order
+from atomtune.data.order import batch_at, epoch_order, visits_at
 from atomtune.errors import UserError
 
 
@@ -51,3 +51,19 @@ def test_senseless_numbers_are_told(step: int, n: int, batch_size: int, named: s
 def test_senseless_epochs_are_told(n: int, epoch: int, named: str) -> None:
     with pytest.raises(UserError, match=f"`{named}` must be .* got "):
         epoch_order(n, 0, epoch)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 4])
+def test_batches_of_one_group_still_show_each_item_once_an_epoch(batch_size: int) -> None:
+    """Complaint: an order that repeats or forgets pictures, here where batches must have one size."""
+    groups = [0, 1, 0, 0, 2, 1, 0, 0, 1]
+    batches = [visits_at(step, len(groups), batch_size, 5, groups) for step in range(80)]
+    assert all(len({groups[item] for item, _ in batch}) == 1 for batch in batches)
+    assert all(len(batch) == batch_size for batch in batches)
+    seen = [visit for batch in batches for visit in batch]
+    assert len(set(seen)) == len(seen), "no item twice in an epoch"
+    whole = min(epoch for _, epoch in seen[-batch_size * 3 :]) - batch_size
+    assert whole > 1
+    assert {(item, epoch) for item in range(9) for epoch in range(whole)} <= set(seen), "and none is forgotten"
+    one = [visits_at(step, 9, batch_size, 5, [4] * 9) for step in range(80)]
+    assert [[item for item, _ in batch] for batch in one] == [batch_at(step, 9, batch_size, 5) for step in range(80)]

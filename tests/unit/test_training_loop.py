@@ -209,7 +209,7 @@ def test_what_is_wrong_is_known_before_anything_is_painted_or_written(
     def painted(*_: Any, **__: Any) -> None:
         raise AssertionError("painted before the mistake was told")
 
-    monkeypatch.setattr("atomtune.training.prepare.generate", painted)
+    monkeypatch.setattr("atomtune.training.encode.generate", painted)
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"concept": "sks dog"}, "`concept` must stand in every caption, but 3 of 3"),
         ({"sites": ("to_qq",)}, "no module is named 'to_qq'. Did you mean `to_q`"),

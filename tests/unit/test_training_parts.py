@@ -203,7 +203,7 @@ def test_latents_are_cached_by_content(pipe: Any, kites: Path, tmp_path: Path, m
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("encoded although it is cached")
 
-    monkeypatch.setattr("atomtune.training.prepare.generate", never)
+    monkeypatch.setattr("atomtune.training.encode.generate", never)
     monkeypatch.setattr(pipe.vae, "encode", never)
     again = prepare(pipe, backbone_of(pipe), kites, options, tmp_path / "b")
     assert torch.equal(first.latents, again.latents)
@@ -254,7 +254,9 @@ def test_the_gate_learns_to_tell_prompts_apart(pipe: Any, kites: Path, runs: Pat
 def test_what_is_passed_over_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     names = ("a.psd.bak", "b.doc", "c.doc", "d.doc", "e.doc")
     skipped = tuple(Skipped(Path(name), "not a picture") for name in names)
-    run_folder.tell_skipped(Scan((), (*skipped, Skipped(Path("0.txt"), "caption: of 0.png"))))
+    run_folder.tell(
+        Scan((), (*skipped, Skipped(Path("0.txt"), "caption: of 0.png"), Skipped(Path("0.mask.png"), "mask: of 0.png")))
+    )
     told = capsys.readouterr()
     assert told.err == "passed over, not a picture: a.psd.bak, b.doc, c.doc and 2 more\n"
     assert told.out == ""

@@ -20,7 +20,8 @@ class Command:
     """Train an adapter on a folder of pictures."""
 
     data: Path
-    """Folder of pictures, each with a caption (.txt beside it, metadata.jsonl, or --caption)."""
+    """Folder of pictures, each with a caption (.txt beside it, metadata.jsonl, or --caption), or of .tar shards; also a
+    data set: a saved folder, .parquet, imagefolder:FOLDER, hub:OWNER/NAME."""
     config: Path | None = None
     """A TOML file of these options, such as a recipe or a run's config.toml; what is given here wins."""
     base: str = "embedded"

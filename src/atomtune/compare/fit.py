@@ -277,7 +277,7 @@ def train_rival(
         batch = draw(material, backbone, options, step, generator_of(options, step))
         predicted = backbone.predict(base, batch.x, batch.s, batch.conditioning)
         concept, others = batch.concept, batch.others
-        terms = [objective.flow_matching(predicted[concept], batch.velocity[concept])]
+        terms = [objective.flow_matching(predicted[concept], batch.velocity[concept], batch.weight)]
         if options.unrelated_rows and options.prior:
             terms.append(options.prior * objective.flow_matching(predicted[others], batch.velocity[others]))
         if options.unrelated_rows and options.distill:

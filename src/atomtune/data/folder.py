@@ -1,24 +1,32 @@
-"""A folder of pictures and captions, scanned once: each file is a sample, or skipped for a reason."""
+"""A source of pictures and captions, scanned once: each file is a sample, or skipped for a reason."""
 
 import hashlib
-import json
-import unicodedata
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
-from typing import Final, Literal
+from typing import Any
 
-from atomtune.data.picture import MAX_PIXELS, decode, on_matte, open_mask
+from atomtune.data import shards, tables
+from atomtune.data.listing import (
+    FOREIGN,
+    METADATA,
+    READABLE,
+    Listing,
+    Note,
+    Skipped,
+    json_of,
+    normal,
+    note_of,
+    reason,
+    text_of,
+    words,
+)
+from atomtune.data.packed import File
+from atomtune.data.picture import MAX_PIXELS, clear_share, decode, on_matte, open_mask
 from atomtune.errors import UserError
 
-CaptionSource = Literal["sidecar", "metadata.jsonl", "shared prompt"]
+__all__ = ["Sample", "Scan", "Skipped", "scan"]
 
-METADATA: Final = "metadata.jsonl"
-_READABLE = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
-# Pictures to their owner, so they may not be passed over quietly, but Pillow has no reader for them.
-_FOREIGN = (".heic", ".heif", ".jxl", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf")
-_OTHER_CAPTIONS = (".txt", ".caption", ".captions", ".cap", ".tags")
 _NAMED_AT_MOST = 3
 
 
@@ -26,173 +34,115 @@ _NAMED_AT_MOST = 3
 class Sample:
     """One picture to learn from; width and height in pixels as seen upright, digest of the file's bytes."""
 
-    path: Path
+    path: File
     caption: str
-    caption_source: CaptionSource
-    mask: Path | None
+    caption_source: str
+    """sidecar, metadata.jsonl, shared prompt, or where else it was found."""
+    mask: File | None
     width: int
     height: int
     digest: str
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """One thing in the folder that is no sample; `reason` is its kind, then perhaps a colon and details."""
-
-    path: Path
-    reason: str
+    clear: bool = False
+    """Whether a part of it is transparent."""
+    repeats: int = 1
+    """How often an epoch shows it."""
 
 
 @dataclass(frozen=True)
 class Scan:
-    """Everything that lies in a folder, sorted by name."""
+    """Everything that lies in a source, sorted by name."""
 
     samples: tuple[Sample, ...]
     skipped: tuple[Skipped, ...]
 
-
-@dataclass(frozen=True)
-class _Listing:
-    """The folder's files by what their names claim; nothing is opened yet."""
-
-    pictures: list[Path] = field(default_factory=list)
-    masks: dict[str, Path] = field(default_factory=dict)
-    sidecars: dict[str, Path] = field(default_factory=dict)
-    metadata: list[Path] = field(default_factory=list)
-    skipped: list[Skipped] = field(default_factory=list)
-    broken: list[Skipped] = field(default_factory=list)
+    def by_reason(self) -> dict[str, list[str]]:
+        """Names of the files that are no samples, by the kind of reason."""
+        return _by_reason(self.skipped)
 
 
-def _normal(name: str) -> str:
-    """One spelling for names that look alike: macOS stores accents apart from their letters."""
-    return unicodedata.normalize("NFC", name)
-
-
-def _reason_by_name(path: Path, caption_extension: str) -> str | None:
-    """Why this is no picture, mask or caption, going by name and type alone; None if it is one."""
-    extension = path.suffix.lower()
-    if path.name.startswith("."):
-        return "hidden file"
-    if path.is_dir():
-        return "folder: only pictures directly in the folder are read"
-    if path.exists() and not path.is_file():
-        return "special file"
-    if path.name == METADATA or extension in (caption_extension, *_READABLE, *_FOREIGN):
-        return None
-    if extension in _OTHER_CAPTIONS:
-        return (
-            f"caption file not used: captions are read from {caption_extension}, "
-            f"pass --caption-extension {extension} to read these"
-        )
-    if path.stem.lower() == "metadata":
-        return f"caption file not used: only {METADATA} is read"
-    return f"not a picture: {extension or 'no extension'}"
-
-
-def _list(folder: Path, caption_extension: str, follow_links: bool) -> _Listing:
-    listing = _Listing()
+def _list(folder: Path, caption_extension: str, caption_column: str | None, follow_links: bool) -> Listing:
+    """What lies directly in a folder, with what its metadata.jsonl says."""
+    listing = Listing()
     root = folder.resolve()
     try:
         paths = sorted(folder.iterdir(), key=lambda path: path.name)
     except OSError as error:
         raise UserError(f"{folder} cannot be read: {error.strerror}.") from error
     for path in paths:
-        reason = _reason_by_name(path, caption_extension)
-        if reason is not None:
-            listing.skipped.append(Skipped(path, reason))
-            continue
-        extension, stem = path.suffix.lower(), _normal(path.stem)
-        is_picture = extension in (*_READABLE, *_FOREIGN) and not stem.lower().endswith(".mask")
-        if not follow_links and not path.resolve().is_relative_to(root):
-            reason = "link out of the folder: copy the file in, or pass --follow-links"
-            if not is_picture:
-                raise UserError(f"{path}: {reason}.")
-            listing.broken.append(Skipped(path, reason))
-        elif path.name == METADATA:
-            listing.metadata.append(path)
-        elif extension == caption_extension:
-            _add_once(listing.sidecars, stem, path, "captions")
-        elif is_picture:
-            listing.pictures.append(path)
-        elif extension != ".png":
-            raise UserError(f"{path}: a mask must be a .png file, got {extension}. Save it as {stem}.png.")
+        why = _reason_by_kind(path) or reason(path.name, caption_extension)
+        if why is not None:
+            listing.skipped.append(Skipped(path, why))
+        elif follow_links or path.resolve().is_relative_to(root):
+            listing.add(path, caption_extension)
         else:
-            _add_once(listing.masks, stem[: -len(".mask")], path, "masks")
+            why = "link out of the folder: copy the file in, or pass --follow-links"
+            is_picture = path.suffix.lower() in (*READABLE, *FOREIGN) and not path.stem.lower().endswith(".mask")
+            if not is_picture:
+                raise UserError(f"{path}: {why}.")
+            listing.broken.append(Skipped(path, why))
+    names = {normal(path.name) for path in (*listing.pictures, *(item.path for item in listing.broken))}
+    for metadata in listing.metadata:
+        listing.notes.update(_read_metadata(metadata, names, caption_column))
     return listing
 
 
-def _add_once(found: dict[str, Path], stem: str, path: Path, what: str) -> None:
-    if stem in found:
-        raise UserError(f"Two {what} for {stem}: {found[stem].name} and {path.name}. Remove one of them.")
-    found[stem] = path
+def _reason_by_kind(path: Path) -> str | None:
+    """Why this is no file to be read at all; None if it is one."""
+    if path.name.startswith("."):
+        return "hidden file"
+    if path.is_dir():
+        return "folder: only pictures directly in the folder are read"
+    if path.exists() and not path.is_file():
+        return "special file"
+    return None
 
 
-def _words(text: str) -> str:
-    """A caption on one line."""
-    return " ".join(text.split())
+def _read_metadata(file: File, names: set[str], caption_column: str | None) -> dict[str, Note]:
+    """Notes by file name. Every line must name a picture of the folder, and none twice."""
+    notes: dict[str, Note] = {}
+    for number, line in enumerate(text_of(file).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{file} line {number}"
+        row = json_of(line, where)
+        name = _file_name(row, where)
+        if name not in names:
+            raise UserError(f"{where}: no picture is named {name!r} beside it. Mend or remove the line.")
+        if name in notes:
+            raise UserError(f"{where}: {name!r} has a line already. Remove one of them.")
+        notes[name] = note_of(row, where, METADATA, caption_column)
+    return notes
 
 
-def _text(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} must be UTF-8 text, byte {error.start} is not. Save it again as UTF-8.") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-    if "\0" in text:
-        raise UserError(f"{path} must be UTF-8 text, it holds zero bytes. Save it again as UTF-8.")
-    return text
-
-
-def _metadata_line(line: str, where: str) -> tuple[str, str]:
-    """The file name and the caption (may be empty) of one line of metadata.jsonl."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} must be one JSON object, got {line.strip()[:60]!r}: {error}.") from error
+def _file_name(row: Any, where: str) -> str:
+    """The picture that a line of metadata.jsonl speaks of."""
     name = row.get("file_name") if isinstance(row, dict) else None
     if not isinstance(name, str) or not name:
-        raise UserError(f'{where} must hold a "file_name", got {line.strip()[:60]!r}.')
-    caption = row.get("text") or row.get("caption") or ""
-    if not isinstance(caption, str):
-        raise UserError(f'{where}: "text" must be a string, got {caption!r}.')
+        raise UserError(f'{where} must hold a "file_name", got {str(row)[:60]!r}.')
     # Windows rules see both kinds of slash and drive letters.
     path = PureWindowsPath(name)
     if path.anchor or ".." in path.parts:
         raise UserError(f'{where}: "file_name" must stay inside the folder, got {name!r}.')
     if len(path.parts) != 1:
-        raise UserError(f'{where}: "file_name" must lie directly in the folder, got {name!r}. Move it up.')
-    return _normal(path.name), _words(caption)
+        raise UserError(
+            f'{where}: "file_name" must lie directly in the folder, got {name!r}. '
+            "Move it up, or name the folder as imagefolder:FOLDER."
+        )
+    return normal(path.name)
 
 
-def _read_metadata(path: Path, pictures: Sequence[Path]) -> dict[str, str]:
-    """Captions by file name. Every line must name a picture of the folder, and none twice."""
-    names = {_normal(picture.name) for picture in pictures}
-    captions: dict[str, str] = {}
-    for number, line in enumerate(_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        name, caption = _metadata_line(line, where)
-        if name not in names:
-            raise UserError(f"{where}: no picture is named {name!r} in {path.parent}. Mend or remove the line.")
-        if name in captions:
-            raise UserError(f"{where}: {name!r} has a line already. Remove one of them.")
-        captions[name] = caption
-    return captions
-
-
-def _inspect(path: Path, mask: Path | None, max_pixels: int) -> tuple[int, int, str]:
-    """Width, height and digest of a picture that decodes completely, as does its mask, which matches."""
-    if path.suffix.lower() in _FOREIGN:
+def _inspect(path: File, mask: File | None, max_pixels: int) -> tuple[int, int, str, bool]:
+    """Width, height, digest, transparency of a picture that decodes completely, as does its mask, which matches."""
+    if path.suffix.lower() in FOREIGN:
         raise UserError(f"cannot be decoded: {path.suffix.lower()} is not read here, convert it to PNG or JPEG")
     try:
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if not file.tell():
+            data = file.read()
+            if not data:
                 raise UserError("empty file: 0 bytes")
             file.seek(0)
-            picture = on_matte(decode(file, max_pixels=max_pixels))
+            decoded = decode(file, max_pixels=max_pixels)
+            picture, clear = on_matte(decoded), clear_share(decoded) > 0
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}") from error
     if mask is not None:
@@ -205,18 +155,18 @@ def _inspect(path: Path, mask: Path | None, max_pixels: int) -> tuple[int, int, 
                 f"mask does not match: {mask.name} must have the picture's shape {picture.width} x "
                 f"{picture.height}, got {masked.width} x {masked.height}"
             )
-    return picture.width, picture.height, digest
+    return picture.width, picture.height, hashlib.sha256(data).hexdigest(), clear
 
 
-def _find_caption(
-    path: Path, sidecars: dict[str, Path], metadata: dict[str, str], shared: str
-) -> tuple[str, CaptionSource] | None:
-    sidecar = sidecars.get(_normal(path.stem))
-    if sidecar is not None and (words := _words(_text(sidecar))):
-        return words, "sidecar"
-    if words := metadata.get(_normal(path.name), ""):
-        return words, METADATA
-    return (shared, "shared prompt") if shared else None
+def _find_note(path: File, listing: Listing, shared: str) -> Note | None:
+    """The caption of a picture, where it is from, and the picture's repeats; None where it has no caption."""
+    sidecar = listing.sidecars.get(normal(path.stem))
+    note = listing.notes.get(normal(path.name), Note("", ""))
+    if sidecar is not None and (caption := words(text_of(sidecar))):
+        return Note(caption, "sidecar", note.repeats)
+    if note.caption:
+        return note
+    return Note(shared, "shared prompt", note.repeats) if shared else None
 
 
 def _named(names: Sequence[str], separator: str = ", ") -> str:
@@ -230,7 +180,7 @@ def _refuse_broken(broken: Sequence[Skipped]) -> None:
     raise UserError(f"{len(broken)} of the pictures cannot be used: {told}. Mend them, or pass --skip-broken.")
 
 
-def _refuse_uncaptioned(paths: Sequence[Path], extension: str, skipped: Sequence[Skipped]) -> None:
+def _refuse_uncaptioned(paths: Sequence[File], extension: str, skipped: Sequence[Skipped]) -> None:
     unused = [item.path.name for item in skipped if item.reason.startswith("caption file not used")]
     raise UserError(
         f"{len(paths)} of the pictures have no caption, or an empty one: {_named([p.name for p in paths])}. "
@@ -239,29 +189,33 @@ def _refuse_uncaptioned(paths: Sequence[Path], extension: str, skipped: Sequence
     )
 
 
-def _refuse_empty(folder: Path, skipped: Sequence[Skipped]) -> None:
-    counts = Counter(item.reason.split(":")[0] for item in skipped)
+def _refuse_empty(place: str, skipped: Sequence[Skipped]) -> None:
+    counts = {kind: len(names) for kind, names in _by_reason(skipped).items()}
     told = ", ".join(f"{count} x {kind}" for kind, count in sorted(counts.items())) or "it is empty"
     advice = {
-        "folder": "to read one of the folders inside, name it as --data",
+        "folder": "to read one of the folders inside, name it as --data, for all of them imagefolder:FOLDER",
         "too large": "raise --max-pixels for the too large ones",
         "cannot be decoded": "leave --skip-broken away to see what is wrong with each",
         "link out of the folder": "pass --follow-links to follow the links",
     }
     hints = "; ".join(hint for kind, hint in advice.items() if kind in counts)
     raise UserError(
-        f"No picture to learn from in {folder}: {told}. Put in pictures ({' '.join(_READABLE)})"
+        f"No picture to learn from in {place}: {told}. Put in pictures ({' '.join(READABLE)})"
         + (f"; {hints}." if hints else ".")
     )
 
 
-def _check_settings(folder: Path, caption: str | None, caption_extension: str, max_pixels: int) -> None:
-    if not folder.is_dir():
-        found = "a file" if folder.exists() else "nothing there"
-        raise UserError(f"`data` must be a folder of pictures, got {folder}: {found}. Check --data.")
+def _by_reason(skipped: Sequence[Skipped]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for item in skipped:
+        found.setdefault(item.reason.split(":")[0], []).append(item.path.name)
+    return found
+
+
+def _check_settings(caption: str | None, caption_extension: str, max_pixels: int) -> None:
     if caption is not None and not caption.strip():
         raise UserError(f"`caption` must hold words, got {caption!r}. Leave it away to use caption files only.")
-    known = (*_READABLE, *_FOREIGN)
+    known = (*READABLE, *FOREIGN, ".json", ".jsonl")
     if caption_extension[:1] != "." or len(caption_extension) < 2 or caption_extension in known:
         raise UserError(
             "`caption_extension` must be a dot and letters, like .txt, and no picture's, "
@@ -272,51 +226,71 @@ def _check_settings(folder: Path, caption: str | None, caption_extension: str, m
 
 
 def scan(
-    folder: str | Path,
+    source: str | Path,
     *,
     caption: str | None = None,
-    caption_extension: str = ".txt",
+    caption_extension: str | None = None,
+    caption_column: str | None = None,
     skip_broken: bool = False,
     follow_links: bool = False,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int | None = None,
 ) -> Scan:
-    """Decode every picture of a folder once and find its caption: sidecar, metadata.jsonl, or `caption`.
+    """Decode every picture of a source once and find its caption: sidecar, metadata, or `caption`.
 
-    Raises UserError for a file that claims to be a picture and can't be decoded or has more than `max_pixels`
-    (width * height; both become skipped with `skip_broken`), for a picture without a caption, for bad
-    metadata, for links out of the folder unless `follow_links`, and when no sample is left.
+    A source is a folder of pictures, WebDataset shards (a .tar or a folder of them), or a data set: a folder that
+    `datasets` has saved, .parquet, imagefolder:FOLDER, hub:OWNER/NAME. Captions lie in `.txt` files, or those of
+    `caption_extension`; in a line of metadata or a table's row under `text`, `caption` or `prompt`, or under
+    `caption_column`. Raises UserError for a file that claims to be a picture and can't be decoded or has more than
+    `max_pixels` (width * height, 100 million; both become skipped with `skip_broken`), for a picture without a caption,
+    for bad metadata, for links out of the folder unless `follow_links`, and when no sample is left.
     """
-    folder, caption_extension = Path(folder), caption_extension.lower()
-    _check_settings(folder, caption, caption_extension, max_pixels)
-    listing = _list(folder, caption_extension, follow_links)
-    all_pictures = [*listing.pictures, *(item.path for item in listing.broken)]
-    metadata = _read_metadata(listing.metadata[0], all_pictures) if listing.metadata else {}
+    extension = ".txt" if caption_extension is None else caption_extension.lower()
+    most = MAX_PIXELS if max_pixels is None else max_pixels
+    _check_settings(caption, extension, most)
+    listing = _listing(source, extension, caption_column, follow_links)
     broken, samples, uncaptioned = list(listing.broken), [], []
     for path in listing.pictures:
-        mask = listing.masks.get(_normal(path.stem))
+        mask = listing.masks.get(normal(path.stem))
         try:
-            width, height, digest = _inspect(path, mask, max_pixels)
+            width, height, digest, clear = _inspect(path, mask, most)
         except UserError as error:
             broken.append(Skipped(path, str(error)))
             continue
-        found = _find_caption(path, listing.sidecars, metadata, _words(caption or ""))
-        if found is None:
+        note = _find_note(path, listing, words(caption or ""))
+        if note is None:
             uncaptioned.append(path)
         else:
-            samples.append(Sample(path, *found, mask, width, height, digest))
+            samples.append(Sample(path, note.caption, note.source, mask, width, height, digest, clear, note.repeats))
     if broken and not skip_broken:
         _refuse_broken(sorted(broken, key=lambda item: item.path.name))
     skipped = [*listing.skipped, *broken, *_companions(listing)]
     if uncaptioned:
-        _refuse_uncaptioned(uncaptioned, caption_extension, skipped)
+        _refuse_uncaptioned(uncaptioned, extension, skipped)
     if not samples:
-        _refuse_empty(folder, skipped)
+        _refuse_empty(str(source), skipped)
     return Scan(tuple(samples), tuple(sorted(skipped, key=lambda item: item.path.name)))
 
 
-def _companions(listing: _Listing) -> list[Skipped]:
+def _listing(source: str | Path, extension: str, caption_column: str | None, follow_links: bool) -> Listing:
+    """What lies in a source, by what kind of source it is."""
+    if tables.is_table(source):
+        return tables.listing(source, caption_column)
+    place = Path(source)
+    if place.is_file() and place.suffix.lower() == ".tar":
+        return shards.listing([place], extension, caption_column)
+    if not place.is_dir():
+        found = "a file" if place.exists() else "nothing there"
+        raise UserError(f"`data` must be a folder of pictures, got {place}: {found}. Check --data.")
+    listing = _list(place, extension, caption_column, follow_links)
+    tars = [item.path for item in listing.skipped if item.path.suffix.lower() == ".tar" and isinstance(item.path, Path)]
+    if tars and not listing.pictures and not listing.broken:
+        return shards.listing(tars, extension, caption_column)
+    return listing
+
+
+def _companions(listing: Listing) -> list[Skipped]:
     """The files that go with pictures, each with the picture it goes with: one without is worth a look."""
-    pictures = {_normal(path.stem): path.name for path in listing.pictures}
+    pictures = {normal(path.stem): path.name for path in listing.pictures}
     found = [Skipped(path, "captions of several pictures") for path in listing.metadata]
     for what, files in (("caption", listing.sidecars), ("mask", listing.masks)):
         for stem, path in files.items():

@@ -1,6 +1,8 @@
 """The order in which samples are seen: a pure function of seed and step, so that resuming is exact."""
 
 import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -24,18 +26,44 @@ def epoch_order(n: int, seed: int, epoch: int) -> list[int]:
     return list(_permutation(n, seed, epoch))
 
 
-def batch_at(step: int, n: int, batch_size: int, seed: int) -> list[int]:
-    """The samples of batch `step` (from 0): the epochs' orders laid end to end, cut every `batch_size`.
+def visits_at(
+    step: int, n: int, batch_size: int, seed: int, groups: Sequence[int] | None = None
+) -> list[tuple[int, int]]:
+    """(sample, epoch) of each place in batch `step` (from 0). With accumulation, a step is a micro-batch.
 
-    A batch may straddle two epochs, and no sample is dropped. With accumulation, a step is a micro-batch.
+    The epochs' orders are laid end to end, and a batch is full when `batch_size` samples of one group have come:
+    without `groups` (one number a sample) that is a cut every `batch_size`. A batch may straddle epochs, and no
+    sample is dropped.
     """
-    if step < 0:
-        raise UserError(f"`step` must be 0 or more, got {step}.")
-    if batch_size < 1:
-        raise UserError(f"`batch_size` must be at least 1, got {batch_size}.")
-    first = step * batch_size
-    if n < 1:
-        raise UserError(f"`n` must be at least 1 sample, got {n}.")
-    last = first + batch_size - 1
-    order_of = {epoch: epoch_order(n, seed, epoch) for epoch in range(first // n, last // n + 1)}
-    return [order_of[position // n][position % n] for position in range(first, last + 1)]
+    for name, value, least in (("step", step, 0), ("batch_size", batch_size, 1), ("n", n, 1)):
+        if value < least:
+            raise UserError(f"`{name}` must be {'0 or more' if not least else 'at least 1'}, got {value}.")
+    groups = [0] * n if groups is None else groups
+    sizes = Counter(groups)
+
+    def full_after(epochs: int) -> int:
+        return sum(epochs * size // batch_size for size in sizes.values())
+
+    epoch = step * batch_size // n
+    while full_after(epoch + 1) <= step:
+        epoch += 1
+    number, come = full_after(epoch), {group: epoch * size for group, size in sizes.items()}
+    for sample in epoch_order(n, seed, epoch):
+        group = groups[sample]
+        come[group] += 1
+        if come[group] % batch_size == 0:
+            if number == step:
+                break
+            number += 1
+    found, orders, last = [], {}, come[group]
+    for position in range(last - batch_size, last):
+        epoch, place = divmod(position, sizes[group])
+        if epoch not in orders:
+            orders[epoch] = [sample for sample in epoch_order(n, seed, epoch) if groups[sample] == group]
+        found.append((orders[epoch][place], epoch))
+    return found
+
+
+def batch_at(step: int, n: int, batch_size: int, seed: int) -> list[int]:
+    """The samples of batch `step`, where all can stand in one batch."""
+    return [sample for sample, _ in visits_at(step, n, batch_size, seed)]

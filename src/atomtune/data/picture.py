@@ -13,9 +13,12 @@ from jaxtyping import Float
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from atomtune.data.packed import File
+from atomtune.data.views import WHOLE, Size, View
 from atomtune.errors import UserError
 
 MAX_PIXELS = 100_000_000  # width * height
+SCANNED = 2**62  # no limit, for files that a scan has let through
 WHITE = (255, 255, 255)
 
 # Only these are tried, whatever a file's name says: another of Pillow's readers runs Ghostscript.
@@ -107,7 +110,14 @@ def on_matte(picture: Image.Image, matte: tuple[int, int, int] = WHITE) -> Image
     return Image.alpha_composite(ground, picture).convert("RGB")
 
 
-def _decode_path(path: Path, max_pixels: int) -> Image.Image:
+def clear_share(picture: Image.Image) -> float:
+    """How much of a decoded picture is transparent: 0 where it says nothing of it, 1 where nothing would show."""
+    picture = _rgb_or_rgba(picture)
+    return 0.0 if picture.mode == "RGB" else 1 - float(np.asarray(picture.getchannel("A")).mean()) / 255
+
+
+def _decode_path(path: str | File, max_pixels: int) -> Image.Image:
+    path = Path(path) if isinstance(path, str) else path
     try:
         with path.open("rb") as file:
             return decode(file, max_pixels=max_pixels)
@@ -117,28 +127,28 @@ def _decode_path(path: Path, max_pixels: int) -> Image.Image:
         raise UserError(f"{path} {error}.") from error
 
 
-def open_picture(path: str | Path, *, matte: tuple[int, int, int] = WHITE, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_picture(path: str | File, *, matte: tuple[int, int, int] = WHITE, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A picture file as upright 8-bit RGB, transparency on the `matte` colour, first frame if it moves."""
-    picture = _decode_path(Path(path), max_pixels)
+    picture = _decode_path(path, max_pixels)
     try:
         return on_matte(picture, matte)
     except UserError as error:
         raise UserError(f"{path} {error}") from error
 
 
-def alpha_mask(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image | None:
+def alpha_mask(path: str | File, *, max_pixels: int = MAX_PIXELS) -> Image.Image | None:
     """A picture file's own transparency, upright, as gray (0 clear, 255 opaque); None if it has none."""
-    picture = _rgb_or_rgba(_decode_path(Path(path), max_pixels))
+    picture = _rgb_or_rgba(_decode_path(path, max_pixels))
     return picture.getchannel("A") if picture.mode == "RGBA" else None
 
 
-def open_mask(path: str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_mask(path: str | File, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """A mask file as gray: white (255) where the subject is; clear parts count as black."""
     return open_picture(path, matte=(0, 0, 0), max_pixels=max_pixels).convert("L")
 
 
-def fit(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Centre crop to the aspect of `size` (width, height) in pixels and resize, in one resampling.
+def fit(picture: Image.Image, size: Size, view: View = WHOLE) -> Image.Image:
+    """Centre crop to the aspect of `size` (width, height) in pixels, cut out the view and resize, in one resampling.
 
     The crop box is fractional, so both directions are scaled by the same factor exactly.
     """
@@ -147,9 +157,13 @@ def fit(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
         raise UserError(f"`size` must be a width and a height of at least 1 pixel, got {width} x {height}.")
     crop_width = min(picture.width, picture.height * width / height)
     crop_height = min(picture.height, picture.width * height / width)
-    left, top = (picture.width - crop_width) / 2, (picture.height - crop_height) / 2
-    box = (left, top, left + crop_width, top + crop_height)
-    return picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    left = (picture.width - crop_width) / 2 + view.left * crop_width
+    top = (picture.height - crop_height) / 2 + view.top * crop_height
+    box = (left, top, left + view.share * crop_width, top + view.share * crop_height)
+    # The last digit of a sum may lie outside.
+    box = (box[0], box[1], min(box[2], picture.width), min(box[3], picture.height))
+    fitted = picture.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    return ImageOps.mirror(fitted) if view.mirrored else fitted
 
 
 def to_tensor(picture: Image.Image) -> Float[Tensor, "3 height width"]:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from atomtune.backbones import Backbone, Conditioning, join, select
-from atomtune.data.order import batch_at
+from atomtune.data.order import visits_at
 from atomtune.training import objective
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import Material
@@ -29,6 +29,10 @@ class Batch:
     conditioning: Conditioning
     picks: Tensor
     """Which of the unrelated pictures, as indices into the material."""
+    masks: Float[Tensor, "concept tokens"]
+    """Share of each of the concept's picture tokens on the subject."""
+    weight: Tensor | None
+    """What each value of the concept's velocity weighs in the task, with one channel. None: all the same."""
 
     @property
     def concept(self) -> slice:
@@ -49,17 +53,36 @@ def draw(
     material: Material, backbone: Backbone, options: TrainOptions, micro: int, generator: torch.Generator
 ) -> Batch:
     """Micro-batch number `micro`; unrelated pictures, times and noise come from the generator."""
-    rows = torch.tensor(batch_at(micro, len(material.latents), options.batch_size, options.seed))
-    latents, conditioning = material.latents[rows], select(material.conditioning, rows)
+    visits = visits_at(micro, len(material.items), options.batch_size, options.seed, [i.bucket for i in material.items])
+    items = [material.items[number] for number, _ in visits]
+    bucket = material.buckets[items[0].bucket]
+    at = torch.tensor([item.place for item in items])
+    view = torch.tensor(
+        [(epoch + item.turn) % len(bucket.latents) for item, (_, epoch) in zip(items, visits, strict=True)]
+    )
+    rows = torch.tensor(bucket.rows)[at]
+    latents, conditioning = bucket.latents[view, at], select(material.conditioning, rows)
     picks = torch.empty(0, dtype=torch.long)
     if options.unrelated_rows:
-        picks = torch.randint(len(material.unrelated_latents), (options.unrelated_rows,), generator=generator)
-        latents = torch.cat([latents, material.unrelated_latents[picks]])
+        picks = torch.randint(len(bucket.unrelated_latents), (options.unrelated_rows,), generator=generator)
+        latents = torch.cat([latents, bucket.unrelated_latents[picks]])
         conditioning = join(conditioning, select(material.unrelated_conditioning, picks))
     s = objective.DENSITIES[backbone.density](len(latents), generator).to(latents.device)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     x, velocity = objective.noised(latents, s, noise)
-    return Batch(rows, x, s, velocity, conditioning, picks)
+    if options.caption_dropout:
+        dropped = torch.rand(len(rows), generator=generator) < options.caption_dropout
+        conditioning = _without_words(conditioning, dropped.nonzero().flatten(), material.wordless)
+    weight = None if bucket.weights is None else bucket.weights[view, at]
+    return Batch(rows, x, s, velocity, conditioning, picks, bucket.masks[view, at], weight)
+
+
+def _without_words(conditioning: Conditioning, rows: Tensor, wordless: Conditioning) -> Conditioning:
+    """The conditioning with that of no words in some rows."""
+    size = len(next(iter(conditioning.values())))
+    chosen = torch.arange(size)
+    chosen[rows] = size
+    return select(join(conditioning, wordless), chosen)
 
 
 def generator_of(options: TrainOptions, micro: int) -> torch.Generator:

@@ -105,7 +105,7 @@ def train(
             if resume:
                 run_folder.check_data(run, material.scan, allow_changed_data)
             if processes.is_main_process:
-                run_folder.tell_skipped(material.scan)
+                run_folder.tell(material.scan, material.said)
                 if not resume:
                     run_folder.claim(run, options, settings, material.scan)
                     stack.enter_context(run_folder.held(run))
@@ -192,7 +192,7 @@ def conclude(
     base = denoiser(pipe)
     gate_report = gating.calibrate(base, backbone, material, NAME) if options.gated else {}
     statistics = measure(base, backbone, material.latents, material.conditioning, masks=material.masks)
-    far = torch.arange(material.class_pictures, len(material.unrelated_latents))
+    far = (~material.of_class).nonzero().flatten()
     reach = reaches(base, backbone, material.unrelated_latents[far], select(material.unrelated_conditioning, far))
     statistics = {site: found | reach[site] for site, found in statistics.items()}
     return Adapter(pipe, order_by_importance(base, statistics)), gate_report
@@ -500,7 +500,7 @@ class Run:
     def _follow(self, codes: dict[str, list[Tensor]], batch: Batch, tokens: int) -> None:
         """What atoms reach on unrelated pictures, those of the class left out: they may well be like the concept."""
         far = torch.arange(len(batch.x)) >= len(batch.rows)
-        far[batch.others] = batch.picks >= self.material.class_pictures
+        far[batch.others] = ~self.material.of_class[batch.picks]
         for site, calls in codes.items():
             real = self.backbone.layout(site, batch.conditioning, tokens).real & far.to(self.device)[:, None]
             sizes = torch.where(real[..., None], calls[-1].abs().float(), 0).flatten(0, -2).amax(0)
@@ -545,14 +545,14 @@ class Run:
         tokens = math.prod(backbone.grid(self.base, batch.x))
         with self._autocast(), record(self.base, NAME) as recording:
             predicted = backbone.predict(self.base, batch.x, batch.s, batch.conditioning)
-        losses = {"task": objective.flow_matching(predicted[concept], batch.velocity[concept])}
+        losses = {"task": objective.flow_matching(predicted[concept], batch.velocity[concept], batch.weight)}
         if o.unrelated_rows and o.silence:
             quiet = objective.silence(recording, backbone, batch.conditioning, tokens, others, o.margin)
             losses["silence"] = o.silence * quiet
         if o.unrelated_rows and o.contain:
             self._follow(recording.codes, batch, tokens)
         if o.inner:
-            around = objective.around(recording, backbone, batch.conditioning, 1 - m.masks[batch.rows], o.margin)
+            around = objective.around(recording, backbone, batch.conditioning, 1 - batch.masks, o.margin)
             losses["inner"] = o.inner * around
         if o.unrelated_rows and o.prior:
             losses["prior"] = o.prior * objective.flow_matching(predicted[others], batch.velocity[others])

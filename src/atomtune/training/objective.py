@@ -25,8 +25,14 @@ def noised(latents: Tensor, s: Float[Tensor, " batch"], noise: Tensor) -> tuple[
     return (1 - weight) * latents + weight * noise, noise - latents
 
 
-def flow_matching(predicted: Tensor, velocity: Tensor) -> Tensor:
-    """Mean squared error of the predicted velocity (rectified flow, arXiv 2209.03003, eq. 1)."""
+def flow_matching(predicted: Tensor, velocity: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean squared error of the predicted velocity (rectified flow, arXiv 2209.03003, eq. 1).
+
+    With a `weight`, which has one channel, the weighted mean; 0 where nothing weighs anything.
+    """
+    if weight is not None:
+        weight = weight.float().expand_as(predicted)
+        return ((predicted.float() - velocity.float()).square() * weight).sum() / weight.sum().clamp_min(1e-8)
     return nn.functional.mse_loss(predicted.float(), velocity.float())
 
 

@@ -36,6 +36,30 @@ class TrainOptions:
     """What kind of thing the concept is, such as "dog"; prompts with it alone must stay the base's."""
     caption: str | None = None
     """Caption of every picture that has none of its own."""
+    caption_extension: str | None = None
+    """Ending of the caption files beside pictures. None: .txt."""
+    caption_column: str | None = None
+    """Where captions stand in metadata.jsonl or in a data set. None: text, caption or prompt."""
+    trigger: bool = False
+    """Put `concept` in front of captions that lack it."""
+    caption_dropout: float = 0.0
+    """Share of the concept's pictures that are learned without words."""
+    buckets: bool = False
+    """Keep the pictures' shapes, up to twice as long as wide; every batch has one. Off: all are cut to squares."""
+    flip: bool = False
+    """Show every picture mirrored too."""
+    crop: float = 0.0
+    """Largest share of each side that a random cut leaves away, such as 0.1."""
+    mask_loss: float = 0.0
+    """How much the task leaves out what your masks, or transparency, mark as not the subject: 0 to 1."""
+    unrelated_data: Path | None = None
+    """Your own regularization pictures, captioned like the concept's; beside those that the base paints."""
+    skip_broken: bool = False
+    """Pass over pictures that can't be read, instead of stopping."""
+    follow_links: bool = False
+    """Follow links out of the data folder."""
+    max_pixels: int | None = None
+    """Width times height of the largest picture to open. None: 100 million."""
     steps: int = 300
     """Optimizer steps."""
     batch_size: int = 4
@@ -80,7 +104,8 @@ class TrainOptions:
     unrelated: Path | None = None
     """A text file of unrelated prompts, one a line. None: the base folder's unrelated.txt, or a shipped list."""
     unrelated_pictures: int = 32
-    """How many pictures the base paints before training (cached): of unrelated prompts, and of the class noun."""
+    """How many pictures the base paints before training (cached): of unrelated prompts, and of the class noun.
+    0, with `unrelated_data`: none."""
     resolution: int | None = None
     """Side of the training pictures, in pixels. None: the base's default."""
     grad_accumulation: int = 1
@@ -157,8 +182,10 @@ class TrainOptions:
             raise UserError(f"`mixed_precision` must be no, fp16 or bf16, got {self.mixed_precision!r}.")
         if self.unrelated_batch is not None and self.unrelated_batch < 0:
             raise UserError(f"`unrelated_batch` must be 0 or more, got {self.unrelated_batch}.")
-        if self.unrelated_pictures < 1:
-            raise UserError(f"`unrelated_pictures` must be at least 1, got {self.unrelated_pictures}.")
+        if self.unrelated_pictures < (self.unrelated_data is None):
+            raise UserError(
+                f"`unrelated_pictures` must be at least 1, or 0 with `unrelated_data`, got {self.unrelated_pictures}."
+            )
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
             _among(name, getattr(self, name), known)
         for name in self.trackers or ():
@@ -177,6 +204,20 @@ class TrainOptions:
             raise UserError(f"`hub` must be owner/name, got {self.hub!r}.")
         if self.concept is not None and not self.concept.strip():
             raise UserError("`concept` must be words, got nothing. Leave it out for a run without a gate.")
+        self._check_data()
+
+    def _check_data(self) -> None:
+        for name, most in (("caption_dropout", 1), ("mask_loss", 1), ("crop", 0.5)):
+            if not 0 <= getattr(self, name) <= most:
+                raise UserError(f"`{name}` must be a share between 0 and {most}, got {getattr(self, name)}.")
+        if self.trigger and self.concept is None:
+            raise UserError("`trigger` puts the concept's name in front of captions: give it with --concept.")
+
+    @property
+    def scanning(self) -> dict[str, Any]:
+        """How pictures are looked for: arguments of `data.folder.scan`."""
+        names = ("caption", "caption_extension", "caption_column", "skip_broken", "follow_links", "max_pixels")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def gated(self) -> bool:

@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
-from atomtune.backbones import Backbone, Conditioning, denoiser, join
-from atomtune.data.cache import Cache, key
+from atomtune.backbones import Backbone, Conditioning, denoiser
+from atomtune.data.cache import Cache
 from atomtune.data.folder import Sample, Scan, scan
-from atomtune.data.picture import fit, open_mask, open_picture, to_tensor
 from atomtune.data.prompts import split_held_out, unrelated_prompts
+from atomtune.data.views import Size, View, nearest, sizes, view_of
 from atomtune.errors import UserError
-from atomtune.sampling import generate
-from atomtune.training.masks import surprise
+from atomtune.training.encode import Bucket, Encoder
 from atomtune.training.options import TrainOptions
-from atomtune.tuner import fingerprint
+
+VIEWS = 8
+"""Views of each picture, at most, that are cut at random."""
+SHORT = 20
+"""Captions of so many words reach the model whole."""
+
+
+class Item(NamedTuple):
+    """A place in an epoch."""
+
+    bucket: int
+    place: int
+    """Which of the bucket's pictures."""
+    turn: int
+    """The number of its view in the first epoch; the next epoch shows the next."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +43,21 @@ class Material:
 
     captions: tuple[str, ...]
     latents: Tensor
+    """All pictures, whole and square."""
     conditioning: Conditioning
     masks: Tensor
     """Share of each picture token on the subject: from the user's masks, or where the base is surprised."""
+    buckets: tuple[Bucket, ...]
+    """What batches are made of."""
+    items: tuple[Item, ...]
+    """What an epoch shows."""
+    wordless: Conditioning
+    """One row: no words."""
+    unrelated_captions: tuple[str, ...]
     unrelated_latents: Tensor
     unrelated_conditioning: Conditioning
-    class_pictures: int
-    """How many of the unrelated pictures, the first, show the concept's class."""
+    of_class: Bool[Tensor, " unrelated"]
+    """Which of the unrelated pictures show the concept's class."""
     gate_concept: Conditioning
     """Prompts that must open the gate."""
     gate_unrelated: Conditioning
@@ -43,68 +65,170 @@ class Material:
     gate_held_out: Conditioning
     """The same, kept for calibration."""
     scan: Scan
+    said: tuple[str, ...]
+    """What the user should know of all this."""
 
 
 def prepare(pipe: Any, backbone: Backbone, data: Path, options: TrainOptions, run: Path) -> Material:
-    """Scan the data and encode it; what is slow is cached beside the run, by content."""
-    found = scan(data, caption=options.caption)
-    captions = tuple(sample.caption for sample in found.samples)
+    """Scan the data and encode it; what is slow is cached beside the run, by content, item by item."""
+    found, added = triggered(scan(data, **options.scanning), options)
+    samples, captions = found.samples, tuple(sample.caption for sample in found.samples)
     _check_concept(captions, options)
-    side = _side(pipe, options)
-    cache = Cache(run.parent / ".cache")
-    print_key = fingerprint(denoiser(pipe)), _weights_key(pipe)
+    if options.mask_loss and not any(sample.mask or sample.clear for sample in samples):
+        raise UserError("`mask_loss` needs masks (NAME.mask.png beside a picture) or transparency: there are none.")
+    square = (_side(pipe, options),) * 2
+    fitted = fitted_sizes(pipe, samples, options)
+    own = _own_unrelated(options)
     prompts = unrelated_list(pipe, options)
     kept, held_out = split_held_out(prompts)
     kept = tuple(p for p in kept if not _mentions(p, options.concept))
     held_out = tuple(p for p in held_out if not _mentions(p, options.concept))
     if not kept or not held_out:
         raise UserError("`unrelated` must hold prompts without the concept; all of them name it.")
-    device = pipe.vae.device
+    encoder = Encoder(pipe, backbone, Cache(run.parent / ".cache"))
     painted = pictured(captions, kept, options)
+    pictures = encoder.paint(painted, square, options.seed + 1_000_000)
+    near = len(class_prompts(captions, options))
+    of_class = torch.tensor([False] * len(own) + [at < near for at in range(len(painted))])
+    unrelated_captions = spoken((*(sample.caption for sample in own), *painted))
+    conditioning = encoder.words(captions)
 
-    def paint() -> dict[str, Tensor]:
-        pictures = generate(pipe, painted, seed=options.seed + 1_000_000, height=side, width=side)
-        pixels = torch.stack([to_tensor(p) for p in pictures]).to(device)
-        return {"latents": backbone.encode_pictures(pipe, pixels).contiguous()}
+    def bucket(size: Size, rows: tuple[int, ...], views: list[list[View]]) -> Bucket:
+        unrelated = [*(encoder.latents(sample, size) for sample in own), *encoder.painted(pictures, size)]
+        return encoder.bucket(samples, rows, size, views, conditioning, torch.cat(unrelated), options.mask_loss)
 
-    unrelated = cache.get(key(*print_key, str(side), str(options.seed), *painted), paint)["latents"].to(device)
-    latents = torch.cat([_latents(pipe, backbone, s, side, cache, print_key) for s in found.samples]).to(device)
-    opening, shutting = gate_prompts(captions, kept, options)
-
-    def encode(texts: tuple[str, ...]) -> Conditioning:
-        return reduce(join, (backbone.encode_prompts(pipe, list(texts[i : i + 32])) for i in range(0, len(texts), 32)))
-
-    conditioning = encode(captions)
-
-    def guess() -> dict[str, Tensor]:
-        return {"masks": surprise(denoiser(pipe), backbone, latents, conditioning)}
-
-    guess_key = key(*print_key, str(side), "surprise", *(s.digest for s in found.samples), *captions)
-    masks = _masks(found.samples, backbone, pipe, latents, side)
-    if masks is None:
-        masks = cache.get(guess_key, guess)["masks"].to(device)
-
+    views = _views(samples, options)
+    every = tuple(range(len(samples)))
+    rows_of = {size: tuple(row for row in every if fitted[row] == size) for size in fitted}
+    buckets = tuple(bucket(size, rows, views) for size, rows in rows_of.items())
+    whole = buckets[0] if list(rows_of) == [square] else bucket(square, every, views[:1])
+    opening, shutting = gate_prompts(captions, (*kept, *(sample.caption for sample in own)), options)
     return Material(
         captions=captions,
-        latents=latents,
+        latents=whole.latents[0],
         conditioning=conditioning,
-        masks=masks,
-        unrelated_latents=unrelated,
-        unrelated_conditioning=encode(spoken(painted)),
-        class_pictures=len(of_class(captions, options)),
-        gate_concept=encode(opening) if options.gated else {},
-        gate_unrelated=encode(shutting) if options.gated else {},
-        gate_held_out=encode(("", *held_out)) if options.gated else {},
+        masks=whole.masks[0],
+        buckets=buckets,
+        items=_items(buckets, samples),
+        wordless=encoder.words(("",)),
+        unrelated_captions=unrelated_captions,
+        unrelated_latents=whole.unrelated_latents,
+        unrelated_conditioning=encoder.words(unrelated_captions),
+        of_class=of_class,
+        gate_concept=encoder.prompts(opening) if options.gated else {},
+        gate_unrelated=encoder.prompts(shutting) if options.gated else {},
+        gate_held_out=encoder.prompts(("", *held_out)) if options.gated else {},
         scan=found,
+        said=(*added, *_told(samples, buckets, options), *_cut_off(encoder, samples)),
     )
+
+
+def triggered(found: Scan, options: TrainOptions) -> tuple[Scan, tuple[str, ...]]:
+    """(the scan, with the concept's name in front of captions that lack it if that is asked for, what to say of it)."""
+    if not options.trigger:
+        return found, ()
+
+    def named(sample: Sample) -> Sample:
+        if _mentions(sample.caption, options.concept):
+            return sample
+        source = f"{sample.caption_source}, {options.concept!r} put in front"
+        return dataclasses.replace(sample, caption=f"{options.concept}, {sample.caption}", caption_source=source)
+
+    samples = tuple(map(named, found.samples))
+    lacking = sum(new is not old for new, old in zip(samples, found.samples, strict=True))
+    said = f"{options.concept!r} put in front of the {lacking} of {len(samples)} captions that lack it"
+    return dataclasses.replace(found, samples=samples), (said,) if lacking else ()
+
+
+def fitted_sizes(pipe: Any, samples: Sequence[Sample], options: TrainOptions) -> list[Size]:
+    """The size that each picture is brought to."""
+    side = _side(pipe, options)
+    among = sizes(side, _unit(pipe)) if options.buckets else ((side, side),)
+    return [nearest(sample.width, sample.height, among) for sample in samples]
+
+
+def lost_words(encode: Callable[[str], Conditioning], caption: str) -> str:
+    """The words at a caption's end that reach no part of the model: without them the conditioning is the same."""
+    words = caption.split()
+    whole = encode(" ".join(words))
+
+    def enough(number: int) -> bool:
+        part = encode(" ".join(words[:number]))
+        return all(torch.equal(part[name], value) for name, value in whole.items())
+
+    if not words or not enough(len(words) - 1):
+        return ""
+    least, most = 0, len(words) - 1
+    while least < most:
+        middle = (least + most) // 2
+        least, most = (least, middle) if enough(middle) else (middle + 1, most)
+    return " ".join(words[most:])
+
+
+def _cut_off(encoder: Encoder, samples: Sequence[Sample]) -> Iterator[str]:
+    for sample in samples:
+        if len(sample.caption.split()) > SHORT:
+            lost = lost_words(lambda text: encoder.words((text,)), sample.caption)
+            if lost:
+                yield f"warning: the caption of {sample.path} is longer than the base reads; lost: {lost}"
+
+
+def _told(samples: Sequence[Sample], buckets: Sequence[Bucket], options: TrainOptions) -> Iterator[str]:
+    clear = sum(sample.clear for sample in samples)
+    if clear:
+        yield f"{clear} of {len(samples)} pictures are partly transparent: white lies under them"
+    if options.mask_loss:
+        masked = sum(sample.mask is not None for sample in samples)
+        alpha = sum(sample.clear and sample.mask is None for sample in samples)
+        whole = len(samples) - masked - alpha
+        yield f"masked loss: {masked} pictures by their mask, {alpha} by their transparency, {whole} count whole"
+    if options.buckets:
+        yield "sizes: " + ", ".join(f"{len(b.rows)} x {b.size[0]}x{b.size[1]}" for b in buckets)
+
+
+def _own_unrelated(options: TrainOptions) -> tuple[Sample, ...]:
+    """The user's regularization pictures. Raises UserError where one of them names the concept."""
+    if options.unrelated_data is None:
+        return ()
+    shared = f"a {options.class_noun}" if options.class_noun else None
+    own = scan(options.unrelated_data, **options.scanning | {"caption": shared}).samples
+    named = [sample.caption for sample in own if _mentions(sample.caption, options.concept)]
+    if named:
+        raise UserError(
+            f"`unrelated_data` must not name the concept, but {len(named)} of {len(own)} captions do, "
+            f"such as {named[0]!r}."
+        )
+    return own
+
+
+def _views(samples: Sequence[Sample], options: TrainOptions) -> list[list[View]]:
+    """Every picture's views, the whole pictures first; no more than there are epochs to show them."""
+    most = VIEWS if options.crop else 2 if options.flip else 1
+    seen = options.steps * options.grad_accumulation * options.batch_size
+    number = min(most, -(-seen // sum(sample.repeats for sample in samples)))
+    how: dict[str, Any] = {"crop": options.crop, "flip": options.flip, "seed": options.seed}
+    return [[view_of(sample.digest, n, **how) for sample in samples] for n in range(number)]
+
+
+def _items(buckets: Sequence[Bucket], samples: Sequence[Sample]) -> tuple[Item, ...]:
+    """Every picture as often as it is repeated, in the samples' order."""
+    found = []
+    for number, bucket in enumerate(buckets):
+        for place, row in enumerate(bucket.rows):
+            first = int(samples[row].digest[:8], 16)
+            found += [(row, Item(number, place, first + copy)) for copy in range(samples[row].repeats)]
+    return tuple(item for _, item in sorted(found))
 
 
 def _side(pipe: Any, options: TrainOptions) -> int:
     side = default_side(pipe) if options.resolution is None else options.resolution
-    unit = 2 * int(pipe.vae_scale_factor)
-    if side % unit:
-        raise UserError(f"`resolution` must be a multiple of {unit} pixels for this base, got {side}.")
+    if side % _unit(pipe):
+        raise UserError(f"`resolution` must be a multiple of {_unit(pipe)} pixels for this base, got {side}.")
     return side
+
+
+def _unit(pipe: Any) -> int:
+    return 2 * int(pipe.vae_scale_factor)
 
 
 def default_side(pipe: Any) -> int:
@@ -132,10 +256,10 @@ def unrelated_list(pipe: Any, options: TrainOptions) -> tuple[str, ...]:
 
 def pictured(captions: tuple[str, ...], unrelated: tuple[str, ...], options: TrainOptions) -> tuple[str, ...]:
     """The prompts of the base's own pictures: those of the class, then unrelated ones."""
-    return (*of_class(captions, options), *unrelated)[: options.unrelated_pictures]
+    return (*class_prompts(captions, options), *unrelated)[: options.unrelated_pictures]
 
 
-def of_class(captions: tuple[str, ...], options: TrainOptions) -> tuple[str, ...]:
+def class_prompts(captions: tuple[str, ...], options: TrainOptions) -> tuple[str, ...]:
     """A quarter of the prompts: captions that say the class noun where they said the concept's name."""
     name, noun, number = options.concept, options.class_noun, options.unrelated_pictures
     near = [_replace(c, name, noun) for c in captions if _mentions(c, name)] if name and noun else []
@@ -185,34 +309,5 @@ def _check_concept(captions: tuple[str, ...], options: TrainOptions) -> None:
     if missing:
         raise UserError(
             f"`concept` must stand in every caption, but {len(missing)} of {len(captions)} lack "
-            f"{options.concept!r}, such as {missing[0]!r}. Mend the captions, or train with --no-gate."
+            f"{options.concept!r}, such as {missing[0]!r}. Mend the captions, pass --trigger, or train with --no-gate."
         )
-
-
-def _latents(pipe: Any, backbone: Backbone, sample: Sample, side: int, cache: Cache, base: tuple[str, str]) -> Tensor:
-    def make() -> dict[str, Tensor]:
-        pixels = to_tensor(fit(open_picture(sample.path), (side, side)))[None].to(pipe.vae.device)
-        latents = backbone.encode_pictures(pipe, pixels)
-        if not latents.isfinite().all():
-            raise UserError(f"{sample.path} gives latents that are not finite in {latents.dtype}. Use fp32.")
-        return {"latents": latents.contiguous()}
-
-    return cache.get(key(*base, sample.digest, str(side)), make)["latents"]
-
-
-def _masks(samples: tuple[Sample, ...], backbone: Backbone, pipe: Any, latents: Tensor, side: int) -> Tensor | None:
-    paths = [sample.mask for sample in samples if sample.mask is not None]
-    if len(paths) < len(samples):
-        return None
-    pixels = torch.stack([to_tensor(fit(open_mask(path).convert("RGB"), (side, side)))[0] for path in paths])
-    grid = backbone.grid(denoiser(pipe), latents)
-    shares = torch.nn.functional.adaptive_avg_pool2d((pixels[:, None] + 1) / 2, grid)
-    return shares.flatten(1).clamp(0, 1).to(latents.device)
-
-
-def _weights_key(pipe: Any) -> str:
-    """A hash over samples of the autoencoder's weights and its config."""
-    digest = hashlib.sha256(str(dict(pipe.vae.config)).encode())
-    for name, parameter in sorted(pipe.vae.named_parameters()):
-        digest.update(name.encode() + parameter.detach().flatten()[:16].float().cpu().numpy().tobytes())
-    return digest.hexdigest()

@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from atomtune.data.folder import Scan
+from atomtune.data.packed import File
 from atomtune.errors import UserError
 from atomtune.files import write_whole
 from atomtune.training import config
@@ -105,8 +106,11 @@ def _digests(scan: Scan) -> dict[str, dict[str, Any]]:
     }
 
 
-def _bytes(path: Path | None) -> str | None:
-    return None if path is None else hashlib.sha256(path.read_bytes()).hexdigest()
+def _bytes(file: File | None) -> str | None:
+    if file is None:
+        return None
+    with file.open("rb") as opened:
+        return hashlib.sha256(opened.read()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------- status
@@ -163,13 +167,11 @@ def cut_log(path: Path, done: int) -> None:
         path.write_text("".join(f"{ln}\n" for ln in whole), encoding="utf-8")
 
 
-def tell_skipped(found: Scan) -> None:
-    """What lies in the data folder and is not learned from, and why: nothing is passed over in silence."""
-    reasons: dict[str, list[str]] = {}
-    for skipped in found.skipped:
-        kind = skipped.reason.partition(":")[0]
-        if kind != "caption":
-            reasons.setdefault(kind, []).append(skipped.path.name)
-    for reason, names in reasons.items():
+def tell(found: Scan, said: Sequence[str] = ()) -> None:
+    """What lies in the data folder and is not learned from, and why, and what became of the rest; not in silence."""
+    for reason, names in found.by_reason().items():
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        say(f"passed over, {reason}: {', '.join(names[:3])}{more}")
+        if reason not in ("caption", "mask"):  # those of a picture
+            say(f"passed over, {reason}: {', '.join(names[:3])}{more}")
+    for line in said:
+        say(line)

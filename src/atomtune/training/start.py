@@ -34,8 +34,8 @@ def from_activations(base: Any, backbone: Backbone, material: Material, options:
     generator = torch.Generator().manual_seed(options.seed)
     given = dataclasses.replace(options, batch_size=ROWS, unrelated_batch=ROWS)
     batch = draw(material, backbone, given, 0, generator)
-    tokens = material.masks.shape[1]
-    subject = material.masks[batch.rows] > 0.5
+    tokens = batch.masks.shape[1]
+    subject = batch.masks > 0.5
     layers = atom_layers(base, adapter)
     seen: dict[str, Tensor] = {}
     handles = [

@@ -32,12 +32,17 @@ def split(material: Material, number: int, seed: int) -> tuple[Material, Materia
 
 
 def _rows(material: Material, rows: Tensor) -> Material:
+    """Material of some pictures alone, numbered anew."""
+    number = {row: new for new, row in enumerate(rows.tolist())}
+    kept = [dataclasses.replace(b, rows=tuple(number.get(row, -1) for row in b.rows)) for b in material.buckets]
     return dataclasses.replace(
         material,
         captions=tuple(material.captions[i] for i in rows.tolist()),
         latents=material.latents[rows],
         conditioning=select(material.conditioning, rows),
         masks=material.masks[rows],
+        buckets=tuple(kept),
+        items=tuple(item for item in material.items if kept[item.bucket].rows[item.place] >= 0),
     )
 
 

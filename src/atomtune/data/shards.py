@@ -1,0 +1,69 @@
+"""WebDataset shards: plain .tar files in which `key.jpg`, `key.txt`, `key.json` and `key.mask.png` belong together.
+
+Pictures are read from their places in the archive; nothing is unpacked.
+"""
+
+import tarfile
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from atomtune.data.listing import Listing, Skipped, json_of, normal, note_of, reason, text_of
+from atomtune.data.packed import File, Packed
+from atomtune.errors import UserError
+
+
+def listing(paths: Sequence[Path], caption_extension: str, caption_column: str | None) -> Listing:
+    """What lies in some shards, by name. Raises UserError on a file that is no plain .tar, or not whole."""
+    found = Listing()
+    said: dict[str, File] = {}
+    names: set[str] = set()
+    for path in sorted(paths):
+        for member, file in _members(path):
+            if normal(file.name) in names:
+                raise UserError(f"{file}: the shard holds that name twice. Remove one of them.")
+            names.add(normal(file.name))
+            inner = PurePosixPath(member.name).name
+            if file.suffix.lower() == ".json":
+                said[normal(file.stem)] = file
+            elif inner.startswith("."):
+                found.skipped.append(Skipped(file, "hidden file"))
+            elif not member.isreg():
+                found.skipped.append(Skipped(file, "special file"))
+            elif (why := reason(inner, caption_extension)) is not None:
+                found.skipped.append(Skipped(file, why))
+            else:
+                found.add(file, caption_extension)
+    found.pictures.sort(key=lambda file: file.name)
+    for picture in found.pictures:
+        if (note := said.get(normal(picture.stem))) is not None:
+            found.notes[normal(picture.name)] = note_of(
+                json_of(text_of(note), str(note)), str(note), "json", caption_column
+            )
+    return found
+
+
+def _members(path: Path) -> list[tuple[tarfile.TarInfo, Packed]]:
+    """The archive's files and links."""
+    try:
+        size = path.stat().st_size
+        with tarfile.open(path, "r:") as archive:
+            members = [member for member in archive.getmembers() if not member.isdir()]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+    except tarfile.TarError as error:
+        raise UserError(f"{path} must be a plain .tar, not compressed and whole: {error}. Make it again.") from error
+    for member in members:
+        if member.offset_data + member.size > size:
+            raise UserError(f"{path} ends within {member.name}: it was cut off. Fetch or make it again.")
+    read = [partial(_read, path, member.offset_data, member.size) for member in members]
+    return [
+        (member, Packed(str(path.parent), f"{path.name}/{member.name}", fetch))
+        for member, fetch in zip(members, read, strict=True)
+    ]
+
+
+def _read(path: Path, offset: int, size: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
