@@ -50,7 +50,16 @@ def test_an_unknown_option_of_a_saved_run_is_an_error() -> None:
 
 def test_options_that_came_later_leave_the_essence_as_stored_results_know_it() -> None:
     """Stored benchmark cells are found by it: a key that changes here loses every one of them."""
-    known = {"batch_size", "checkpoint_every", "distill", "gate", "grad_accumulation", "keep_checkpoints", "lr"}
+    known = {
+        "batch_size",
+        "checkpoint_every",
+        "contain",
+        "distill",
+        "gate",
+        "grad_accumulation",
+        "keep_checkpoints",
+        "lr",
+    }
     known |= {"margin", "max_grad_norm", "mixed_precision", "n_atoms", "nested", "silence", "sparsifier", "steps"}
     assert TrainOptions().essence().keys() == known | {"threshold", "unrelated_pictures"}
     text = json.dumps(TrainOptions(concept="kite", k=3, distill=0.0, seed=2).essence(), sort_keys=True)
