@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from atomtune import atoms as _atoms
 from atomtune import tuner
-from atomtune.atoms import Atom, Statistics
+from atomtune.atoms import Atom, Density, Statistics
 from atomtune.errors import UserError
 from atomtune.steering import Steer, steered
 from atomtune.tuner.mixture import is_mixture, saved_parts
+
+Steering = Sequence[Steer] | Mapping[str, Sequence[Steer]]
+"""Steers for all, or by part of a mixture."""
 
 
 class Atoms:
@@ -60,26 +63,36 @@ class Adapter:
     @contextmanager
     def using(
         self,
-        density: float = 1.0,
+        density: Density = 1.0,
         strength: float | dict[str, float] = 1.0,
         formula: str = "effect",
         atoms: dict[str, float] | None = None,
-        steer: Sequence[Steer] = (),
-    ) -> Iterator[Adapter]:
+        steer: Steering = (),
+        *,
+        purity: float = 0.0,
+    ) -> Iterator[Self]:
         """Turn the dials for a while.
 
         `density`: share of all atoms that take part, the most important first by `formula`; 0 gives the base's
-        pictures, bit for bit. `strength`: a multiplier on the whole adapter, or a table of single atoms by name,
-        which `atoms` is too. `steer`: strengths that hold at some times, places or words; all of them multiply.
+        pictures, bit for bit. A table such as `{"L3": 0.2, "to_v": 0.5}` speaks of the atoms of single sites. `purity`:
+        the share of an atom's energy on the subject from which it takes part. `strength`: a multiplier on the whole
+        adapter, or a table of single atoms by name, which `atoms` is too. `steer`: strengths that hold at some times,
+        places or words (of a mixture also by part); all of them multiply.
         """
-        whole, single = told(strength, atoms)
+        whole, single = (1.0, strength) if isinstance(strength, dict) else (strength, {})
         if not math.isfinite(whole):
             raise UserError(f"`strength` must be a finite number, got {whole}.")
         ranked = self.atoms.by(formula).ranked
-        values = _atoms.dialled(ranked, density, single)
-        scaled = {site: value * whole for site, value in values.items()}
-        with _atoms.strengths(self.pipe, scaled, self.name), steered(self.pipe, steer, ranked, self.name):
+        values = _atoms.dialled(ranked, density, single | (atoms or {}), purity)
+        scaled = {place: value * whole for place, value in values.items()}
+        with _atoms.strengths(self.pipe, scaled, self.name), self.steered(steer, ranked):
             yield self
+
+    def steered(self, steer: Steering, ranked: Sequence[Atom]) -> AbstractContextManager[None]:
+        """Inside, the steers hold for its atoms, `ranked`."""
+        if isinstance(steer, Mapping):
+            raise UserError(f"`steer` by part is for mixtures, and {self.name} is none. Give a list.")
+        return steered(self.pipe, steer, ranked, self.name)
 
     def prune(self, keep: float | int, formula: str = "effect") -> int:
         """Keep a share (a float in (0, 1]) or a number (an int) of the atoms for good; returns how many."""
@@ -107,12 +120,6 @@ class Adapter:
         tuner.remove_adapter(self.pipe, self.name)
 
 
-def told(strength: float | dict[str, float], atoms: dict[str, float] | None) -> tuple[float, dict[str, float]]:
-    """The strength of the whole adapter, and those of single atoms by name, from what `using` is given."""
-    whole, single = (1.0, strength) if isinstance(strength, dict) else (strength, {})
-    return whole, single | (atoms or {})
-
-
 def load(pipe: Any, folder: str | Path, *, name: str = "default", allow_other_base: bool = False) -> Adapter:
     """Attach the adapter saved in a folder (a run's folder too) to a pipeline; a mixture's parts keep their names."""
     if is_mixture(folder):
@@ -126,6 +133,12 @@ def load(pipe: Any, folder: str | Path, *, name: str = "default", allow_other_ba
 def save(adapter: Adapter, folder: str | Path, **card: Any) -> Path:
     """Write an adapter to a folder; keyword arguments go on its model card."""
     return adapter.save(folder, card)
+
+
+def concept_of(folder: str | Path) -> str | None:
+    """The words for what a run was taught, if the folder is a run's that was told any."""
+    path = Path(folder) / "options.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("concept") if path.is_file() else None
 
 
 def base_of(folder: str | Path) -> str | None:

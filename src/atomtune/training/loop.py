@@ -59,13 +59,14 @@ def train(
     resume: bool = False,
     command: str = "",
     progress: bool = True,
+    stop: Callable[[Run], bool] = lambda run: False,
 ) -> Adapter:
     """Train an adapter on a folder of pictures; returns it attached to the pipeline, saved in `out`.
 
     `out` receives options.json, log.jsonl, checkpoints/, samples/ and the adapter's own files. With `resume`
-    the newest whole checkpoint goes on, and its losses are those of an uninterrupted run. Raises UserError on
-    bad data or options before anything is trained or written, and on a loss that is not finite. After an error
-    the pipeline is the base again.
+    the newest whole checkpoint goes on, and its losses are those of an uninterrupted run. `stop` is asked after each
+    step whether that was the last. Raises UserError on bad data or options before anything is trained or written, and
+    on a loss that is not finite. After an error the pipeline is the base again.
     """
     options = options or TrainOptions()
     run = Path(out)
@@ -88,9 +89,9 @@ def train(
             state = Run(pipe, backbone, material, options, run, processes)
             if resume:
                 state.resume()
-            state.steps(progress)
+            state.steps(progress, stop)
             adapter, gate_report = conclude(pipe, backbone, material, options)
-        meta = {"concept": options.concept, "steps": options.steps, "seed": options.seed, **gate_report}
+        meta = {"concept": options.concept, "steps": state.done, "seed": options.seed, **gate_report}
         if processes.is_main_process:
             adapter.save(run, {"command": command, **meta})
         processes.wait_for_everyone()
@@ -255,7 +256,7 @@ class Run:
             self._set_state(loop)
         _cut_log(self.run / "log.jsonl", self.done)
 
-    def steps(self, progress: bool) -> None:
+    def steps(self, progress: bool, stop: Callable[[Run], bool]) -> None:
         bar = tqdm(
             total=self.options.steps,
             initial=self.done,
@@ -275,7 +276,8 @@ class Run:
                 print(json.dumps(line | {"pictures_per_second": round(rate, 2)}), file=log, flush=True)
                 bar.update()
                 bar.set_postfix({k: f"{v:.4g}" for k, v in terms.items()} | {"pic/s": f"{rate:.1f}"})
-                due = self.done % self.options.checkpoint_every == 0 or self.done == self.options.steps
+                last = stop(self) or self.done == self.options.steps
+                due = self.done % self.options.checkpoint_every == 0 or last
                 if due or asked_to_stop():
                     self.checkpoint()
                 if asked_to_stop():
@@ -284,6 +286,8 @@ class Run:
                 every = self.options.sample_every if self.processes.is_main_process else None
                 if every and self.done % every == 0:
                     self.sample()
+                if last:
+                    break
 
     def checkpoint(self) -> None:
         """Write the state after the last step, once for all processes."""
