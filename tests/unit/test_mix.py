@@ -310,7 +310,7 @@ def test_commands(places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     painted = ["generate", m, "a kite", "--steps", "2", "--out", str(tmp_path / "out")]
     assert main([*painted, "--density", "0.5", "--atom", "a/L0[0]=0"]) == 0
     assert (
-        main(["atoms", m, "--top", "9", "--look", str(tmp_path / "look"), "--prompts", "a kite", "--steps", "1"]) == 0
+        main(["atoms", m, "--top", "16", "--look", str(tmp_path / "look"), "--prompts", "a kite", "--steps", "1"]) == 0
     )
     assert {path.parent.name for path in (tmp_path / "look").rglob("*.png")} == {"a", "same"}
     capsys.readouterr()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 
 from atomtune.errors import UserError
@@ -59,6 +60,12 @@ class EditOptions:
         for name in ("purity", "keep", "strength"):
             if not getattr(self, name):
                 raise UserError(f"`{name}` must have at least one value, got none.")
+        for name in ("purity", "keep"):
+            for value in getattr(self, name):
+                if not 0 <= value <= 1:
+                    raise UserError(f"`{name}` must be between 0 and 1, got {value}.")
+        if not all(map(math.isfinite, self.strength)):
+            raise UserError(f"`strength` must be finite numbers, got {self.strength}.")
         if self.variants < 1:
             raise UserError(f"`variants` must be at least 1, got {self.variants}.")
         if self.patience < 0:

@@ -79,6 +79,7 @@ def edit(
     is taken as it is. Keywords: as `train`. Raises UserError on bad words, masks and options before any training.
     """
     options, folder = options or EditOptions(), Path(out)
+    steers(options)
     if not prompts or not all(words.strip() for words in (source, *prompts)):
         raise UserError("`source` must say what the picture shows, and `prompt` what the edits shall show.")
     opened = picture if isinstance(picture, Image.Image) else open_picture(picture)
@@ -118,7 +119,7 @@ def edits(
 ) -> list[Edit]:
     """The prompts painted at every point, each prompt from the same noise, and measured by the base alone."""
     pipe, found = adapter.pipe, []
-    steer = [] if options.time is None else [Steer(time=options.time)]
+    steer = steers(options)
     call: dict[str, Any] = {"seed": options.noise, "steps": options.sampler, "guidance": options.guidance}
     call |= {"width": picture.width, "height": picture.height}
     latents = _latents(pipe, [picture])
@@ -135,6 +136,11 @@ def edits(
             seeds = range(options.noise, options.noise + len(prompts))
             found += [Edit(point, *row) for row in zip(prompts, seeds, pictures, like, right, strict=True)]
     return found
+
+
+def steers(options: EditOptions) -> list[Steer]:
+    """What limits the adapter to some times. Raises UserError on times that can't be."""
+    return [] if options.time is None else [Steer(time=options.time)]
 
 
 def subject(pipe: Any, latents: Tensor, source: str, mask: Image.Image | None) -> Float[Tensor, " tokens"]:
