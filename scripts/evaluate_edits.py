@@ -1,8 +1,8 @@
 """python scripts/evaluate_edits.py: sweep edits of one picture on subjects for tuning, and score them exactly.
 
 Writes benchmarks/results/edits.json, a row for each subject and point, and the strips to --out. Beside the exact scores
-of the comparison's editing task stand likeness and alignment as the base measures them, and how the two kinds agree
-over single edits (Spearman's rank correlation).
+of the comparison's editing task stand likeness and alignment as they are measured without a judge, and how the two
+kinds agree over single edits (Spearman's rank correlation).
 """
 
 from __future__ import annotations

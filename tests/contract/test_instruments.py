@@ -20,7 +20,7 @@ from atomtune.backbones import backbone_of
 from atomtune.editing.sweep import blended
 from atomtune.lora import grams
 from atomtune.measure import code_maps, maps, painting, regions
-from atomtune.measure.edits import alignment, likeness, token_features
+from atomtune.measure.edits import alignment
 from atomtune.steering import Steer
 from atomtune.tuner import AtomConfig, atom_layers, attach, base_only, prompt_gate, remove_adapter
 
@@ -39,7 +39,7 @@ def adapter(pipes: dict[str, Any]) -> Iterator[Adapter]:
     for layer in atom_layers(pipe).values():
         torch.nn.init.normal_(layer.dictionary("default").atoms, std=1.0)
     prompt_gate(pipe.transformer).bias.data.fill_(0.0)  # type: ignore[union-attr]
-    yield Adapter(pipe, measured(pipe, 8))
+    yield Adapter(pipe, measured(pipe))
     remove_adapter(pipe)
 
 
@@ -49,9 +49,9 @@ def given(pipe: Any) -> tuple[Any, ...]:
     return pipe, backbone_of(pipe), latents, backbone_of(pipe).encode_prompts(pipe, PROMPTS)
 
 
-def measured(pipe: Any, batch: int) -> at.Statistics:
+def measured(pipe: Any) -> at.Statistics:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(at, "CHUNK", batch)
+        patch.setattr("atomtune.effect.PASSES", 4)
         return at.measure(*given(pipe), times=(0.3, 0.7), repeats=1)
 
 
@@ -74,11 +74,6 @@ def shares(adapter: Adapter, batch: int) -> Any:
     return [list(row.values())[1:] for row in sorted(rows, key=lambda row: row["atom"])]
 
 
-def like(adapter: Adapter, batch: int) -> Any:
-    features = token_features(adapter.pipe, given(adapter.pipe)[2], batch_size=batch)
-    return likeness(features[0], torch.ones(features.shape[1]), features)
-
-
 def curve(adapter: Adapter, batch: int) -> Any:
     call = {"densities": (0.25, 0.5), "seeds": (0, 1), "num_inference_steps": 1, "batch_size": batch}
     return [list(r.values()) for r in painting.density_curve(adapter.pipe, adapter.atoms.ranked, PROMPTS[:2], **call)]
@@ -90,11 +85,10 @@ def strip(adapter: Adapter, batch: int) -> Any:
 
 
 SEEING: dict[str, Callable[[Adapter, int], Any]] = {
-    "measure": lambda a, n: [s[k] for s in measured(a.pipe, n).values() for k in ("effect", "mean", "maximum")],
+    "measure": lambda a, n: [s[k] for s in measured(a.pipe).values() for k in ("effect", "mean", "maximum")],
     "fired": lambda a, n: list(maps.fired(*given(a.pipe), a.atoms.ranked, batch_size=n)[0].values()),
     "code_maps": lambda a, n: list(code_maps(*given(a.pipe), a.atoms.ranked, batch_size=n).values()),
     "attribution": shares,
-    "likeness": like,
     "alignment": lambda a, n: alignment(a.pipe, given(a.pipe)[2], PROMPTS, PROMPTS[0], batch_size=n),
     "strips": strip,
     "density_curve": curve,
@@ -106,9 +100,6 @@ SEEING: dict[str, Callable[[Adapter, int], Any]] = {
     "blended": blend,
 }
 """Instruments that see or paint, each with the size of its batches."""
-
-SAID = [name for name in SEEING if name != "steer"]
-"""Those whose prompts need not say the same words."""
 
 
 def numbers(name: str, adapter: Adapter, batch: int) -> list[np.ndarray]:

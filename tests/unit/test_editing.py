@@ -21,7 +21,7 @@ from atomtune.editing import tune
 from atomtune.editing.options import TUNING, EditOptions, Point
 from atomtune.editing.sweep import Edit, best, blended, edit, sweep, table
 from atomtune.errors import UserError
-from atomtune.measure.edits import alignment, likeness, token_features
+from atomtune.measure.edits import alignment, likeness
 from atomtune.scenes.render import render
 from atomtune.scenes.world import scene
 from atomtune.training.batch import draw
@@ -111,25 +111,27 @@ def test_chosen_times_are_the_only_ones() -> None:
 # --------------------------------------------------------------------------------------------------- measures
 
 
-def test_likeness_is_one_for_the_same_and_does_not_mind_where(shared: Any, picture: Image.Image) -> None:
-    latents = [backbone_of(shared).encode_pictures(shared, to_tensor(picture)[None])]
-    latents += [torch.randn(latents[0].shape, generator=torch.Generator().manual_seed(i)) for i in range(2)]
-    features = token_features(shared, torch.cat(latents))
-    tokens = features.shape[1]
-    weight = (torch.arange(tokens) < tokens // 2).float()
-    same, *others = likeness(features[0], weight, features).tolist()
-    assert same == pytest.approx(1, abs=1e-5)
-    assert max(others) < 0.999
-    moved = features[0].roll(tokens // 3, 0)[None]
-    assert likeness(features[0], weight, moved).item() == pytest.approx(1, abs=1e-5)
-    # Against a loop, on numbers.
-    source, edits = torch.randn(2, 5, 3).double(), torch.randn(4, 5, 3).double()
-    share = torch.tensor([1.0, 0.5, 0, 0, 0]).double()
-    for found, one in zip(likeness(source[0], share, edits), edits, strict=True):
-        a, b = (x.numpy() - source[0].numpy().mean(0) for x in (source[0], one))
-        cosines = [[p @ q / np.linalg.norm(p) / np.linalg.norm(q) for q in b] for p in a]
-        expected = sum(w * max(row) for w, row in zip(share.tolist(), cosines, strict=True)) / 1.5
-        assert found.item() == pytest.approx(expected)
+def test_likeness_is_one_for_the_same_wherever_it_is(picture: Image.Image) -> None:
+    source, other = to_tensor(picture), to_tensor(Image.fromarray(render(scene("house", position="left", color="red"))))
+    weight = torch.zeros(8, 8)
+    weight[2:6, :4] = 1
+    plain = other[:, :1, :1].expand_as(other)
+    moved = torch.cat([source[..., -26:], source[..., :-26]], -1)
+    same, elsewhere, foreign, gone = likeness(source, weight, torch.stack([source, moved, other, plain])).tolist()
+    assert same == elsewhere == pytest.approx(1, abs=1e-4)
+    assert elsewhere > foreign > gone > 0
+    # Against a loop, the weight of two patches on the subject.
+    share, edits = torch.zeros(8, 8), torch.stack([other, torch.rand(3, 64, 64) * 2 - 1])
+    share[2, 1], share[5, 3] = 1, 0.5
+    for value, edit_ in zip(likeness(source, share, edits), edits, strict=True):
+        error = 0.0
+        for row, column, w in ((2, 1, 1.0), (5, 3, 0.5)):
+            patch = source[:, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+            places = [(y, x) for y in range(0, 57, 2) for x in range(0, 57, 2)]
+            error += w * min((edit_[:, y : y + 8, x : x + 8] - patch).square().mean().item() for y, x in places) / 1.5
+        assert value.item() == pytest.approx(1 - error**0.5 / 2, abs=1e-4)
+    large = to_tensor(picture.resize((512, 512)))
+    assert likeness(large, weight, large[None]).item() == pytest.approx(1, abs=1e-3)
 
 
 def test_alignment_asks_the_base_which_words_fit_and_knows_no_adapter(shared: Any) -> None:
@@ -205,7 +207,7 @@ def test_the_whole_way_by_command_and_function(
     assert head.split() == ["purity", "keep", "strength", "likeness", "alignment", "score"]
     assert len(rows) == 4
     assert sum("best" in row for row in rows) == 1
-    assert "likeness: mean over the source's subject tokens" in err
+    assert "likeness: 1 - rms difference of pixels" in err
     assert len(list((out / "data").glob("*.mask.png"))) == 8
     assert len(list((out / "pictures").glob("*.png"))) == 8
     assert [path.name for path in sorted((out / "strips").iterdir())] == ["00.png", "01.png"]

@@ -1,4 +1,4 @@
-"""Edits of one picture at every point of a sweep, measured by the base alone."""
+"""Edits of one picture at every point of a sweep, each with its likeness and alignment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from atomtune.data.picture import fit, on_matte, open_picture, to_tensor
 from atomtune.editing.options import TUNING, EditOptions, Point
 from atomtune.editing.tune import tune
 from atomtune.errors import UserError
-from atomtune.measure.edits import alignment, likeness, token_features
+from atomtune.measure.edits import alignment, likeness
 from atomtune.measure.regions import region
 from atomtune.sampling import generate
 from atomtune.steering import Steer
@@ -122,17 +122,16 @@ def edits(
     steer = steers(options)
     call: dict[str, Any] = {"seed": options.noise, "steps": options.sampler, "guidance": options.guidance}
     call |= {"width": picture.width, "height": picture.height}
-    latents = _latents(pipe, [picture])
-    features, weight = token_features(pipe, latents)[0], subject(pipe, latents, source, mask)
+    before = to_tensor(picture)
+    weight = subject(pipe, picture, source, mask).cpu()
 
     def turned(point: Point) -> AbstractContextManager[Any]:
         return adapter.using(point.keep, point.strength, steer=steer, purity=point.purity)
 
     with blended(pipe, options.blend):
         for point, pictures in sweep(options.points(), turned, lambda: generate(pipe, prompts, **call)):
-            made = _latents(pipe, pictures)
-            like = likeness(features, weight, token_features(pipe, made)).tolist()
-            right = alignment(pipe, made, prompts, source).tolist()
+            like = likeness(before, weight, torch.stack([to_tensor(one) for one in pictures])).tolist()
+            right = alignment(pipe, _latents(pipe, pictures), prompts, source).tolist()
             seeds = range(options.noise, options.noise + len(prompts))
             found += [Edit(point, *row) for row in zip(prompts, seeds, pictures, like, right, strict=True)]
     return found
@@ -143,13 +142,14 @@ def steers(options: EditOptions) -> list[Steer]:
     return [] if options.time is None else [Steer(time=options.time)]
 
 
-def subject(pipe: Any, latents: Tensor, source: str, mask: Image.Image | None) -> Float[Tensor, " tokens"]:
+def subject(pipe: Any, picture: Image.Image, source: str, mask: Image.Image | None) -> Float[Tensor, "rows columns"]:
     """The share of each token on the subject: by the mask, or where the base is surprised."""
-    backbone, model = backbone_of(pipe), denoiser(pipe)
+    backbone, model, latents = backbone_of(pipe), denoiser(pipe), _latents(pipe, [picture])
+    grid = backbone.grid(model, latents)
     if mask is not None:
-        return region(mask, mask.size, backbone.grid(model, latents)).to(latents.device)
+        return region(mask, mask.size, grid).view(grid)
     with base_only(model):
-        return surprise(model, backbone, latents, backbone.encode_prompts(pipe, [source]))[0]
+        return surprise(model, backbone, latents, backbone.encode_prompts(pipe, [source]))[0].view(grid)
 
 
 def _latents(pipe: Any, pictures: Sequence[Image.Image]) -> Tensor:

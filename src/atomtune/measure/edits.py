@@ -1,84 +1,52 @@
-"""How far an edit is still the picture that it came from, and how far it is what was asked: by the base alone."""
+"""How far an edit still shows what it came from, and how far what was asked: by pixels, and by the base alone."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import adaptive_avg_pool2d, unfold
 
-from atomtune.backbones import backbone_of, denoiser, select
-from atomtune.errors import UserError
-from atomtune.measure.reads import watch
+from atomtune.backbones import backbone_of, denoiser
 from atomtune.tuner import base_only
-from atomtune.tuner.model import site_name
 
-LIKENESS = "mean over the source's subject tokens of the largest cosine to a token of the edit, in the base's features"
+LIKENESS = "1 - rms difference of pixels, of the source's patches on the subject to the nearest patches of the edit"
 ALIGNMENT = "(error(source's words) - error(prompt)) / (their sum) of the base's prediction on the noised edit"
 """The formulas, as they are printed wherever their numbers are."""
 
-EARLY = 0.2
-"""Where pictures are noised to, to read features."""
-TIMES = (0.5, 0.7, 0.9)
-REPEATS = 2
+PATCHES, SIDE = 8, 128
+"""Patches across a picture, and the side, in pixels, to which larger pictures are reduced first."""
+TIMES, REPEATS = (0.5, 0.7, 0.9), 2
 """Times, and noises at each, at which the base is asked which words fit better."""
 
 
-@torch.no_grad()
-def token_features(pipe: Any, latents: Tensor, *, batch_size: int = 8) -> Float[Tensor, "pictures tokens features"]:
-    """What the base's middle attention layer reads of lightly noised pictures, without words.
-
-    Features of a diffusion model match parts of pictures (DIFT, Tang et al. 2023, arXiv 2306.03881). Each picture gets
-    the same noise, so that its features are its own.
-    """
-    backbone, model = backbone_of(pipe), denoiser(pipe)
-    tokens = math.prod(backbone.grid(model, latents))
-    words = backbone.encode_prompts(pipe, [""])
-    site, module = _middle(pipe, tokens, words)
-    noise = torch.randn(latents.shape[1:], generator=torch.Generator().manual_seed(0)).to(latents)
-    found: list[Tensor] = []
-
-    def note(_: str, x: Tensor, real: Tensor) -> None:
-        image = backbone.layout(site, given, tokens).image
-        found.append(x[image].view(len(x), tokens, -1).float())
-
-    with base_only(model), watch(pipe, {site: module}, note):
-        for some in latents.split(batch_size):
-            given = select(words, torch.zeros(len(some), dtype=torch.long))
-            s = torch.full((len(some),), EARLY, device=latents.device)
-            backbone.predict(model, (1 - EARLY) * some + EARLY * noise, s, given)
-    return torch.cat(found)
-
-
-def _middle(pipe: Any, tokens: int, words: dict[str, Tensor]) -> tuple[str, Any]:
-    """The middle one of the default sites that see pictures."""
-    backbone = backbone_of(pipe)
-    named = {site_name(path): module for path, module in denoiser(pipe).named_modules()}
-    sites = [path for path in named if any(f".{path}".endswith(f".{end}") for end in backbone.sites[:1])]
-    seeing = [path for path in sites if backbone.layout(path, words, tokens).image.any()]
-    if not seeing:
-        raise UserError("`pipe` must have attention layers that see the picture, found none.")
-    path = seeing[len(seeing) // 2]
-    return path, named[path]
-
-
 def likeness(
-    source: Float[Tensor, "tokens features"],
-    weight: Float[Tensor, " tokens"],
-    edits: Float[Tensor, "edits tokens features"],
+    source: Float[Tensor, "3 height width"],
+    weight: Float[Tensor, "rows columns"],
+    edits: Float[Tensor, "edits 3 height width"],
 ) -> Float[Tensor, " edits"]:
-    """`LIKENESS`: 1 for the same picture, lower the further away, wherever in the edit the subject lies.
+    """`LIKENESS`, in [0, 1]: 1 for the same picture, wherever in the edit the subject lies; pixels are in [-1, 1].
 
-    Cosines are of features less the source's mean; `weight` is the share of each token on the subject.
+    `weight` is the share of each part of the source on the subject. Patches of an edit lie at every quarter of a patch
+    (Simakov et al. 2008, "Summarizing visual data using bidirectional similarity", one direction of it). It does not
+    know another size or style of the subject.
     """
-    middle = source.mean(0)
-    own, others = normalize(source - middle, dim=-1), normalize(edits - middle, dim=-1)
-    best = (own @ others.transpose(1, 2)).amax(2)
-    return (best * weight).sum(1) / weight.sum().clamp_min(1e-8)
+    share = adaptive_avg_pool2d(weight[None].float(), (PATCHES, PATCHES)).flatten()
+    own = _patches(source[None], 1)[0]
+    nearest = [torch.cdist(own, some).amin(1).square() / own.shape[1] for some in _patches(edits, 4)]
+    error = (torch.stack(nearest) * share).sum(1) / share.sum().clamp_min(1e-8)
+    return 1 - error.sqrt() / 2
+
+
+def _patches(pictures: Float[Tensor, "n 3 height width"], a_patch: int) -> Float[Tensor, "n patches values"]:
+    """`PATCHES` across, `a_patch` times as many in each direction where they overlap."""
+    side = min(SIDE, pictures.shape[-1] // PATCHES * PATCHES)
+    size = side // PATCHES
+    small = adaptive_avg_pool2d(pictures.float(), (side, side))
+    return unfold(small, size, stride=max(1, size // a_patch)).transpose(1, 2)
 
 
 @torch.no_grad()

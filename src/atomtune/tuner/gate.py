@@ -124,14 +124,18 @@ class GateValues:
         self.starts: dict[str, Tensor] = {}
         """Of parts merged into one: ids from which the second and further gates are an atom's."""
 
-    def read(self, adapter: str, atom_ids: Tensor) -> Tensor:
-        """(B,) or () for the adapter; where its parts have gates of their own, (B, atoms)."""
+    def of_atoms(self, adapter: str, atom_ids: Tensor) -> Tensor:
+        """What `read` gives; where parts have gates of their own, each atom's, (B, atoms)."""
+        gate = self.read(adapter)
+        if gate.ndim < 2:
+            return gate
+        return gate[:, torch.bucketize(atom_ids, self.starts[adapter].to(atom_ids.device), right=True)]
+
+    def read(self, adapter: str) -> Tensor:
+        """(B,) or () for the adapter; (B, gates) of one that was merged from several."""
         for values in (self.computed, self.forced):
             if adapter in values:
-                gate = values[adapter]
-                if gate.ndim < 2:
-                    return gate
-                return gate[:, torch.bucketize(atom_ids, self.starts[adapter].to(atom_ids.device), right=True)]
+                return values[adapter]
         raise UserError(
             f"Adapter {adapter!r} has a prompt gate, but no prompt embeddings reached the base model's "
             "forward. Pass them, or use `override_gate`."

@@ -177,7 +177,7 @@ class AtomLinear(nn.Module, AtomLayer):
                 seen_codes.append(codes)
         factor = self.atom_strength[adapter] * self.scaling[adapter]
         if adapter in self.gates:
-            gate = self.gates[adapter].read(adapter, dictionary.atom_ids)
+            gate = self.gates[adapter].of_atoms(adapter, dictionary.atom_ids)
             if rows is not None and gate.ndim and len(gate) > 1:
                 gate = gate[rows]
             factor = factor * _per_sample(gate, codes)
