@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ def watch(
     backbone, base = backbone_of(pipe), denoiser(pipe)
     given: dict[str, Any] = {}
 
+    @torch.compiler.disable  # what is noted is Python's
     def read(site: str, x: Tensor) -> None:
         real = backbone.layout(site, given, math.prod(backbone.grid(base, given["hidden_states"]))).real
         if x.shape[:-1] != real.shape:
