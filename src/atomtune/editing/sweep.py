@@ -93,7 +93,8 @@ def edit(
         try:
             adapter = tune(pipe, square, source, covered, folder, options, training, **more)
         except UserError:
-            shutil.rmtree(folder, ignore_errors=True)
+            if not (folder / "run/checkpoints").is_dir():  # nothing there but the variants
+                shutil.rmtree(folder, ignore_errors=True)
             raise
     return Edits(adapter, square, edits(adapter, square, source, prompts, options, mask=covered))
 
@@ -117,7 +118,7 @@ def edits(
     *,
     mask: Image.Image | None = None,
 ) -> list[Edit]:
-    """The prompts painted at every point, each prompt from the same noise, and measured by the base alone."""
+    """The prompts painted at every point, each prompt always from the same noise, and measured."""
     pipe, found = adapter.pipe, []
     steer = steers(options)
     call: dict[str, Any] = {"seed": options.noise, "steps": options.sampler, "guidance": options.guidance}
@@ -128,12 +129,15 @@ def edits(
     def turned(point: Point) -> AbstractContextManager[Any]:
         return adapter.using(point.keep, point.strength, steer=steer, purity=point.purity)
 
-    with blended(pipe, options.blend):
-        for point, pictures in sweep(options.points(), turned, lambda: generate(pipe, prompts, **call)):
-            like = likeness(before, weight, torch.stack([to_tensor(one) for one in pictures])).tolist()
-            right = alignment(pipe, _latents(pipe, pictures), prompts, source).tolist()
-            seeds = range(options.noise, options.noise + len(prompts))
-            found += [Edit(point, *row) for row in zip(prompts, seeds, pictures, like, right, strict=True)]
+    def paint() -> list[Image.Image]:
+        with blended(pipe, options.blend):
+            return generate(pipe, prompts, **call)
+
+    for point, pictures in sweep(options.points(), turned, paint):
+        like = likeness(before, weight, torch.stack([to_tensor(one) for one in pictures])).tolist()
+        right = alignment(pipe, _latents(pipe, pictures), prompts, source).tolist()
+        seeds = range(options.noise, options.noise + len(prompts))
+        found += [Edit(point, *row) for row in zip(prompts, seeds, pictures, like, right, strict=True)]
     return found
 
 

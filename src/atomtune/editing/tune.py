@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from atomtune.training.loop import Run, train
 from atomtune.training.options import TrainOptions
 from atomtune.tuner import open_gate
 
-QUICK = {"steps": 50, "times": (0.5, 0.7, 0.8, 0.9, 1.0)}
+QUICK: dict[str, Any] = {"steps": 50, "times": (0.5, 0.7, 0.8, 0.9, 1.0)}
 """Options of a quick tuning; where things are is decided at these times (FastEdit, arXiv 2408.03355, chooses some)."""
 
 
@@ -69,7 +70,7 @@ def variants(size: tuple[int, int], options: EditOptions) -> Iterator[Callable[[
         left = pad + width * (0.5 - scale / 2 + across)
         top = pad + height * (0.5 - scale / 2 + down)
         box = (left, top, left + width * scale, top + height * scale)
-        yield lambda picture, box=box, i=i: cut(picture, box, options.flip and i % 2 == 1)
+        yield partial(cut, box=box, mirror=options.flip and i % 2 == 1)
 
 
 def plateau(patience: int, every: int = 20, least: float = 0.05) -> Callable[[Run], bool]:

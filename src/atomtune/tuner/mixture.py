@@ -107,7 +107,8 @@ def _gates(
     if gated is None:
         return []
     config.gate_input, config.gate_mask, config.gate_dim = gated.gate_input, gated.gate_mask, gated.gate_dim
-    found, starts = [], []
+    found: list[tuple[Tensor, Tensor]] = []
+    starts: list[int] = []
     for part, own in configs.items():
         gate = prompt_gate(unwrap(model), part) or PromptGate(gated.gate_dim or 1)
         found += zip(gate.weight.reshape(-1, gate.weight.shape[-1]), gate.bias.reshape(-1), strict=True)
