@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from atomtune.adapter import Adapter, load, save
     from atomtune.backbones import open_pipeline
+    from atomtune.editing.options import EditOptions
+    from atomtune.editing.sweep import edit
     from atomtune.errors import UserError
     from atomtune.sampling import generate, prompt_gates
     from atomtune.steering import Steer
@@ -18,9 +20,11 @@ if TYPE_CHECKING:
 _HOMES = {
     "Adapter": "adapter",
     "AtomConfig": "tuner",
+    "EditOptions": "editing.options",
     "Steer": "steering",
     "TrainOptions": "training.options",
     "UserError": "errors",
+    "edit": "editing.sweep",
     "generate": "sampling",
     "load": "adapter",
     "open_pipeline": "backbones",
@@ -32,9 +36,11 @@ _HOMES = {
 __all__ = [
     "Adapter",
     "AtomConfig",
+    "EditOptions",
     "Steer",
     "TrainOptions",
     "UserError",
+    "edit",
     "generate",
     "load",
     "open_pipeline",

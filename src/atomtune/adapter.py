@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import Any, Self
 
 from atomtune import atoms as _atoms
 from atomtune import tuner
-from atomtune.atoms import Atom, Statistics
+from atomtune.atoms import Atom, Density, Statistics
 from atomtune.errors import UserError
 from atomtune.steering import Steer, steered
 from atomtune.tuner.mixture import is_mixture, saved_parts
+
+Steering = Sequence[Steer] | Mapping[str, Sequence[Steer]]
+"""Steers for all, or by part of a mixture."""
 
 
 class Atoms:
@@ -62,44 +63,54 @@ class Adapter:
     @contextmanager
     def using(
         self,
-        density: float = 1.0,
+        density: Density = 1.0,
         strength: float | dict[str, float] = 1.0,
         formula: str = "effect",
         atoms: dict[str, float] | None = None,
-        steer: Sequence[Steer] = (),
+        steer: Steering = (),
+        *,
+        purity: float = 0.0,
         contain: float = 0.0,
-    ) -> Iterator[Adapter]:
+    ) -> Iterator[Self]:
         """Turn the dials for a while.
 
         `density`: share of all atoms that take part, the most important first by `formula`; 0 gives the base's
-        pictures, bit for bit. `strength`: a multiplier on the whole adapter, or a table of single atoms by name,
-        which `atoms` is too. `steer`: strengths that hold at some times, places or words; all of them multiply.
-        `contain`: an atom fires only where its code is above this share of the most that it reached on unrelated
-        pictures; at 1 it is silent on all of those.
+        pictures, bit for bit. A table such as `{"L3": 0.2, "to_v": 0.5}` speaks of the atoms of single sites. `purity`:
+        the share of an atom's energy on the subject from which it takes part. `strength`: a multiplier on the whole
+        adapter, or a table of single atoms by name, which `atoms` is too. `steer`: strengths that hold at some times,
+        places or words (of a mixture also by part); all of them multiply. `contain`: an atom fires only where its code
+        is above this share of the most that it reached on unrelated pictures; at 1 it is silent on all of those.
         """
-        whole, single = told(strength, atoms)
+        whole, single = (1.0, strength) if isinstance(strength, dict) else (strength, {})
         if not math.isfinite(whole):
             raise UserError(f"`strength` must be a finite number, got {whole}.")
         ranked = self.atoms.by(formula).ranked
-        values = _atoms.dialled(ranked, density, single)
-        scaled = {site: value * whole for site, value in values.items()}
-        with ExitStack() as stack:
-            stack.enter_context(_atoms.strengths(self.pipe, scaled, self.name))
-            stack.enter_context(steered(self.pipe, steer, ranked, self.name))
-            if contain:
-                stack.enter_context(_atoms.contained(self.pipe, self._floors(contain), self.name))
+        values = _atoms.dialled(ranked, density, single | (atoms or {}), purity)
+        scaled = {place: value * whole for place, value in values.items()}
+        with _atoms.strengths(self.pipe, scaled, self.name), self.steered(steer, ranked), self.contained(contain):
             yield self
 
-    def _floors(self, contain: float) -> dict[str, Tensor]:
+    def steered(self, steer: Steering, ranked: Sequence[Atom]) -> AbstractContextManager[None]:
+        """Inside, the steers hold for its atoms, `ranked`."""
+        if isinstance(steer, Mapping):
+            raise UserError(f"`steer` by part is for mixtures, and {self.name} is none. Give a list.")
+        return steered(self.pipe, steer, ranked, self.name)
+
+    def contained(self, contain: float) -> AbstractContextManager[None]:
+        """Inside, its atoms fire only above this share of what they reached on unrelated pictures."""
         if not (math.isfinite(contain) and contain >= 0):
             raise UserError(f"`contain` must be 0 or more, got {contain}.")
+        if contain == 0:
+            return nullcontext()
         missing = [site for site, s in self.statistics.items() if "reach" not in s]
         if missing:
             raise UserError(
                 f"`contain` needs what atoms reach on unrelated pictures, which {self.name} was saved without "
                 f"(at {missing[0]}). Train it with unrelated pictures."
             )
-        return {site: contain * s["reach"] for site, s in self.statistics.items()}
+        return _atoms.contained(
+            self.pipe, {site: contain * s["reach"] for site, s in self.statistics.items()}, self.name
+        )
 
     def prune(self, keep: float | int, formula: str = "effect") -> int:
         """Keep a share (a float in (0, 1]) or a number (an int) of the atoms for good; returns how many."""
@@ -127,12 +138,6 @@ class Adapter:
         tuner.remove_adapter(self.pipe, self.name)
 
 
-def told(strength: float | dict[str, float], atoms: dict[str, float] | None) -> tuple[float, dict[str, float]]:
-    """The strength of the whole adapter, and those of single atoms by name, from what `using` is given."""
-    whole, single = (1.0, strength) if isinstance(strength, dict) else (strength, {})
-    return whole, single | (atoms or {})
-
-
 def load(pipe: Any, folder: str | Path, *, name: str = "default", allow_other_base: bool = False) -> Adapter:
     """Attach the adapter saved in a folder (a run's folder too) to a pipeline; a mixture's parts keep their names."""
     if is_mixture(folder):
@@ -146,6 +151,12 @@ def load(pipe: Any, folder: str | Path, *, name: str = "default", allow_other_ba
 def save(adapter: Adapter, folder: str | Path, **card: Any) -> Path:
     """Write an adapter to a folder; keyword arguments go on its model card."""
     return adapter.save(folder, card)
+
+
+def concept_of(folder: str | Path) -> str | None:
+    """The words for what a run was taught, if the folder is a run's that was told any."""
+    path = Path(folder) / "options.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("concept") if path.is_file() else None
 
 
 def base_of(folder: str | Path) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,6 +75,16 @@ class Atom:
     def called(self) -> str:
         """Its label, or its name where it has none."""
         return self._within(self.label) if self.label else self.name
+
+    @property
+    def title(self) -> str:
+        """Label and name, for people: `ears (L17[137])`."""
+        return f"{self.called} ({self.name})" if self.label else self.name
+
+    @property
+    def place(self) -> str:
+        """Its site in a table of strengths, as in `style/layers.0.attn.to_q`."""
+        return self._within(self.path)
 
     def _within(self, word: str) -> str:
         return f"{self.part}/{word}" if self.part else word
@@ -301,22 +311,44 @@ def find(ranked: Sequence[Atom], name: str) -> Atom:
     raise UserError(f"The adapter has no atom {name}.{hint}")
 
 
+def at_site(ranked: Sequence[Atom], name: str) -> list[Atom]:
+    """All atoms of a site, by its number (`L17`) or the end of its path. Raises UserError where there is none."""
+    found = [a for a in ranked if name in (f"L{a.site}", a._within(f"L{a.site}")) or f".{a.path}".endswith(f".{name}")]
+    if not found:
+        ends = {a.path.split(".", n)[-1] for a in ranked for n in range(a.path.count(".") + 1)}
+        close = difflib.get_close_matches(name, sorted(ends | {a._within(f"L{a.site}") for a in ranked}), n=3)
+        hint = f" Close: {', '.join(close)}." if close else ""
+        raise UserError(f"The adapter has no site {name!r}.{hint}")
+    return found
+
+
 # --------------------------------------------------------------------------------------------------- dial
+
+Density = float | Mapping[str, float]
+"""A share of all atoms, or of those of some sites by name; atoms of other sites all take part."""
 
 
 @contextmanager
 def strengths(model: Any, values: Mapping[str, float | Tensor], adapter: str = "default") -> Iterator[None]:
-    """Set the strength of atoms for a while: by site, one number or one an atom."""
-    layers = atom_layers(model, adapter)
-    before = {site: layers[site].atom_strength[adapter].clone() for site in values}
+    """Set the strength of atoms for a while: by site (`Atom.place`), one number or one an atom."""
+    held = places(model, values, adapter)
+    buffers = {place: layer.atom_strength[part] for place, (layer, part) in held.items()}
+    before = {place: buffer.clone() for place, buffer in buffers.items()}
     try:
-        for site, value in values.items():
-            buffer = layers[site].atom_strength[adapter]
+        for place, value in values.items():
+            buffer = buffers[place]
             buffer.copy_(torch.as_tensor(value, dtype=buffer.dtype, device=buffer.device).expand_as(buffer))
         yield
     finally:
-        for site, value in before.items():
-            layers[site].atom_strength[adapter].copy_(value)
+        for place, value in before.items():
+            buffers[place].copy_(value)
+
+
+def places(model: Any, wanted: Iterable[str], adapter: str = "default") -> dict[str, tuple[Any, str]]:
+    """The layer and the adapter's name at each of these places; one without a part is the adapter's own."""
+    parts = {place: place.rpartition("/")[0] or adapter for place in wanted}
+    layers = {part: atom_layers(model, part) for part in set(parts.values())}
+    return {place: (layers[part][place.rpartition("/")[2]], part) for place, part in parts.items()}
 
 
 @contextmanager
@@ -337,22 +369,41 @@ def contained(model: Any, floors: Mapping[str, Float[Tensor, " atoms"]], adapter
 
 
 def dialled(
-    ranked: Sequence[Atom], density: float = 1.0, strength: dict[str, float] | None = None
+    ranked: Sequence[Atom],
+    density: Density = 1.0,
+    strength: Mapping[str, float] | None = None,
+    purity: float = 0.0,
 ) -> dict[str, Tensor]:
-    """Strengths by site for the first `density` of a ranking, single atoms then set by name."""
-    number = count(density, len(ranked))
+    """Strengths by place for the first `density` of a ranking, of those the pure ones; then single atoms by name.
+
+    Atoms of unknown purity, such as those that see words only, count as pure.
+    """
+    if not 0 <= purity <= 1:
+        raise UserError(f"`purity` must be between 0 and 1, got {purity}.")
     sizes: dict[str, int] = {}
     for atom in ranked:
-        sizes[atom.path] = max(sizes.get(atom.path, 0), atom.row + 1)
-    values = {path: torch.zeros(size) for path, size in sizes.items()}
-    for atom in ranked[:number]:
-        values[atom.path][atom.row] = 1.0
+        sizes[atom.place] = max(sizes.get(atom.place, 0), atom.row + 1)
+    values = {place: torch.zeros(size) for place, size in sizes.items()}
+    for atom in _dense(ranked, density):
+        if not atom.purity < purity:
+            values[atom.place][atom.row] = 1.0
     for name, value in (strength or {}).items():
         if not math.isfinite(value):
             raise UserError(f"The strength of {name} must be a finite number, got {value}.")
         atom = find(ranked, name)
-        values[atom.path][atom.row] = value
+        values[atom.place][atom.row] = value
     return values
+
+
+def _dense(ranked: Sequence[Atom], density: Density) -> Sequence[Atom]:
+    """The atoms that a density leaves."""
+    if not isinstance(density, Mapping):
+        return ranked[: count(density, len(ranked))]
+    gone: set[str] = set()
+    for site, share in density.items():
+        own = at_site(ranked, site)
+        gone |= {a.name for a in own[count(share, len(own)) :]}
+    return [a for a in ranked if a.name not in gone]
 
 
 # ----------------------------------------------------------------------------------------------------- diff

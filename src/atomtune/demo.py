@@ -18,16 +18,16 @@ from PIL import Image
 from atomtune.adapter import Adapter
 from atomtune.atoms import FORMULAS, Atom
 from atomtune.backbones import EMBEDDED, backbone_of, open_pipeline
+from atomtune.compare.tasks import LEARNED, leak, subject_lesson
 from atomtune.data.picture import to_tensor
 from atomtune.errors import UserError
 from atomtune.explore.overlay import overlay, scale_of
 from atomtune.explore.report import AtomRow, Cell, Curve, Fact, Report, Strip, write_report
 from atomtune.files import write_whole
-from atomtune.measure import code_maps, drift, pixel_drift, silence
+from atomtune.measure import code_maps
 from atomtune.sampling import generate
-from atomtune.scenes.render import render
-from atomtune.scenes.score import arrays, features, mean, score
-from atomtune.scenes.world import CLASS_OF, OBJECTS, POSITIONS, Scene, caption, random_scene, scene
+from atomtune.scenes.score import mean, score
+from atomtune.scenes.world import CLASS_OF, OBJECTS, POSITIONS, Scene, caption, random_scene
 from atomtune.training.loop import train
 from atomtune.training.options import TrainOptions
 from atomtune.tuner import override_gate
@@ -35,7 +35,6 @@ from atomtune.tuner import override_gate
 DEFAULT_OUT = Path("runs/demo")
 DENSITIES = (1.0, 0.5, 0.25, 0.1, 0.0)
 SAMPLER_STEPS = 16
-STYLE = "3d"
 
 
 def demo(
@@ -54,7 +53,8 @@ def demo(
     elif out.exists():
         raise UserError(f"`out` exists: {out}. Choose another folder.")
     say = _Clock()
-    data = write_pictures(out / "data", subject)
+    data = out / "data"
+    subject_lesson(subject).write(data)
     pipe = open_pipeline(base)
     rng = random.Random(seed + 1)
     asked = subject_scenes(subject, prompts, rng)
@@ -84,15 +84,14 @@ def demo(
     quiet = paint(pipe, unrelated, seed + 500)
     with override_gate(pipe.transformer, 1.0):
         forced = paint(pipe, unrelated, seed + 500)
-    leak = _leak(base_unrelated, quiet, unrelated)
-    open_leak = _leak(base_unrelated, forced, unrelated)
+    shut, forced_open = (leak(base_unrelated, pictures, unrelated) for pictures in (quiet, forced))
     shared = {
         "base_background": base_known["background"],
         "base_position": base_known["position"],
         "base_known_object_accuracy": base_known["named"],
-        **leak,
-        "drift_gate_open": open_leak["drift"],
-        "pixel_drift_gate_open": open_leak["pixel_drift"],
+        **shut,
+        "drift_gate_open": forced_open["drift"],
+        "pixel_drift_gate_open": forced_open["pixel_drift"],
         "train_seconds": round(seconds, 1),
     }
     rows = [row | shared for row in rows]
@@ -127,24 +126,13 @@ class _Clock:
         print(f"report       {report}")
 
 
-def write_pictures(folder: Path, subject: str) -> Path:
-    """Four pictures of the subject with captions: what a user would bring."""
-    folder.mkdir(parents=True)
-    shots = (("left", "red"), ("right", "blue"), ("top", "yellow"), ("middle", "gray"))
-    for i, (position, color) in enumerate(shots):
-        shot = scene(subject, STYLE, "big" if i % 2 == 0 else "small", position, color)
-        Image.fromarray(render(shot)).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(caption(shot) + "\n", encoding="utf-8")
-    return folder
-
-
 def subject_scenes(subject: str, number: int, rng: random.Random) -> list[Scene]:
     """Scenes of the subject in the style it is learned in, on backgrounds and at places drawn at random."""
     found = []
     for _ in range(number):
         drawn = random_scene(rng, (subject,), pairs=0.0)
         place = rng.choice(tuple(POSITIONS))
-        found.append(replace(drawn, things=(replace(drawn.things[0], style=STYLE, position=place),)))
+        found.append(replace(drawn, things=(replace(drawn.things[0], style=LEARNED, position=place),)))
     return found
 
 
@@ -173,15 +161,6 @@ def _row(adapter: Adapter, subject: str, density: float, rows: list[dict[str, fl
         "trained_parameters": parameters,
         "atoms": total,
         "atoms_kept": int(np.ceil(density * total - 1e-9)),
-    }
-
-
-def _leak(base: list[Image.Image], adapted: list[Image.Image], asked: list[Scene]) -> dict[str, float]:
-    a, b = arrays(base), arrays(adapted)
-    return {
-        "drift": float(drift(features(base, asked), features(adapted, asked)).mean()),
-        "pixel_drift": float(pixel_drift(a, b).mean()),
-        "silence": silence(a, b),
     }
 
 
@@ -221,7 +200,7 @@ def _report(
         formula=FORMULAS["effect"],
         atoms=tuple(
             AtomRow(
-                atom=a.name,
+                atom=a.title,
                 site=a.path,
                 importance=a.importance,
                 share=a.importance / total,

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from atomtune.adapter import Adapter
 from atomtune.atoms import measure, order_by_importance
@@ -22,6 +21,7 @@ from atomtune.data.picture import to_tensor
 from atomtune.data.prompts import split_held_out
 from atomtune.errors import UserError
 from atomtune.measure import pixel_drift
+from atomtune.measure.reads import watch
 from atomtune.sampling import generate
 from atomtune.training.loop import NAME, attach_atoms
 from atomtune.training.options import TrainOptions
@@ -38,30 +38,6 @@ WIDTH = 4
 L1, FIT_STEPS = 0.02, 1000
 SMALL = 1e-4
 """Share of an update's energy below which a direction of it is left out."""
-
-
-@contextmanager
-def watch(
-    pipe: Any, modules: Mapping[str, nn.Module], note: Callable[[str, Tensor, Bool[Tensor, "batch positions"]], None]
-) -> Iterator[None]:
-    """Inside, `note(site, x, real)` gets what each module reads, and which of its positions are no padding."""
-    backbone, base = backbone_of(pipe), denoiser(pipe)
-    given: dict[str, Any] = {}
-
-    def read(site: str, x: Tensor) -> None:
-        real = backbone.layout(site, given, math.prod(backbone.grid(base, given["hidden_states"]))).real
-        if x.shape[:-1] != real.shape:
-            raise UserError(f"Atoms need sites that read tokens, and {site} does not. Leave it out of the LoRA.")
-        note(site, x, real)
-
-    handles = [base.register_forward_pre_hook(lambda _, args, kwargs: given.update(kwargs), with_kwargs=True)]
-    for site, module in modules.items():
-        handles.append(module.register_forward_pre_hook(lambda _, x, site=site: read(site, x[0].detach())))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # ---------------------------------------------------------------------------------------------------- export

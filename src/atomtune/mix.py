@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from atomtune import surgery, tuner
-from atomtune.adapter import Adapter, load, told
-from atomtune.atoms import Atom, Statistics, count
+from atomtune.adapter import Adapter, Steering, concept_of, load
+from atomtune.atoms import Atom, Statistics
 from atomtune.backbones import backbone_of, denoiser
 from atomtune.errors import UserError
 from atomtune.files import write_whole
 from atomtune.sampling import generate
-from atomtune.steering import Steer
 from atomtune.tuner.mixture import MIXTURE, check_parts, merge_parts, same_base
 from atomtune.tuner.store import read
 
@@ -66,29 +65,24 @@ class Mixture(Adapter):
         return {path: layer.dictionary(name).atoms.double().cpu() * self.weights[name] for path, layer in layers}
 
     @contextmanager
-    def using(
-        self,
-        density: float = 1.0,
-        strength: float | dict[str, float] = 1.0,
-        formula: str = "effect",
-        atoms: dict[str, float] | None = None,
-        steer: Mapping[str, Sequence[Steer]] | Sequence[Steer] = (),
-        contain: float = 0.0,
-    ) -> Iterator[Mixture]:
-        """`Adapter.using`, `density` being a share of the atoms of all parts; `steer` is for all or by part."""
-        whole, single = told(strength, atoms)
+    def steered(self, steer: Steering, ranked: Sequence[Atom]) -> Iterator[None]:
+        """Inside, the steers hold for all parts, or each for its own part."""
         steers = steer if isinstance(steer, Mapping) else dict.fromkeys(self.parts, steer)
         for name in steers.keys() - self.parts.keys():
             raise UserError(f"`steer`: the parts are {', '.join(self.parts)}, got {name!r}.")
-        ranked = self.atoms.by(formula)
-        first = ranked.top(count(density, len(ranked)))
-        chosen = [(ranked[name], value) for name, value in single.items()]
         with ExitStack() as stack:
             for name, part in self.parts.items():
-                share = sum(a.part == name for a in first) / sum(a.part == name for a in ranked)
-                own = {replace(a, part="").name: value for a, value in chosen if a.part == name}
-                stack.enter_context(part.using(share, whole, formula, own, steer=steers.get(name, ()), contain=contain))
-            yield self
+                own = [replace(a, part="") for a in ranked if a.part == name]
+                stack.enter_context(part.steered(steers.get(name, ()), own))
+            yield
+
+    @contextmanager
+    def contained(self, contain: float) -> Iterator[None]:
+        """Inside, all parts are."""
+        with ExitStack() as stack:
+            for part in self.parts.values():
+                stack.enter_context(part.contained(contain))
+            yield
 
     def keep(self, left: Sequence[Atom]) -> int:
         """Keep only these of its atoms, at least one of each part, for good; returns how many."""
@@ -154,9 +148,8 @@ def mix(
 
 def concepts(folders: Mapping[str, str | Path]) -> list[str]:
     """What to paint where nobody says: each concept that these runs were taught, and all in one prompt."""
-    paths = [Path(folder) / "options.json" for folder in folders.values()]
-    found = [json.loads(path.read_text(encoding="utf-8")).get("concept") for path in paths if path.is_file()]
-    if len(found) < len(folders) or not all(found):
+    found = [concept for folder in folders.values() if (concept := concept_of(folder))]
+    if len(found) < len(folders):
         raise UserError(
             "`prompt` must be given where not every adapter is a run with a concept. Name all concepts in it."
         )

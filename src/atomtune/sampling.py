@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +19,45 @@ def generate(
     pipe: Any,
     prompts: Sequence[str],
     *,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
     batch_size: int = 8,
     steps: int | None = None,
     guidance: float | None = None,
     **call: Any,
 ) -> list[Image.Image]:
-    """One picture a prompt; prompt i starts from the noise of seed + i, whatever its batch.
+    """One picture a prompt; prompt i starts from the noise of seed + i (of seed[i]), whatever its batch.
 
     `steps`, `guidance` None: the pipeline's defaults. Other arguments go to the pipeline. Prompt gates are held as
     `prompt_gates` does.
     """
+    if steps is not None:
+        call["num_inference_steps"] = steps
+    if guidance is not None:
+        call["guidance_scale"] = guidance
+    seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
+    return [picture for batch in batches(pipe, prompts, seeds, batch_size, **call) for picture in batch]
+
+
+def batches(
+    pipe: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    batch_size: int,
+    around: Callable[[slice], AbstractContextManager[Any]] = lambda rows: nullcontext(),
+    **call: Any,
+) -> Iterator[Any]:
+    """What the pipeline gives of each batch of prompts, each with its own seed; `around(rows)` holds meanwhile."""
     if not prompts:
         raise UserError("`prompts` must name at least one picture, got none.")
+    if len(seeds) != len(prompts):
+        raise UserError(f"`seed` must be one number, or one a prompt ({len(prompts)}), got {len(seeds)}.")
     arguments = backbone_of(pipe).call(pipe, list(prompts)) | call
-    if steps is not None:
-        arguments["num_inference_steps"] = steps
-    if guidance is not None:
-        arguments["guidance_scale"] = guidance
-    pictures: list[Image.Image] = []
     for start in range(0, len(prompts), batch_size):
-        batch = list(prompts[start : start + batch_size])
-        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
-        with prompt_gates(pipe, batch):
-            pictures += pipe(prompt=batch, generator=generators, **arguments).images
-    return pictures
+        rows = slice(start, start + batch_size)
+        noises = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
+        with prompt_gates(pipe, prompts[rows]), around(rows):
+            images = pipe(prompt=list(prompts[rows]), generator=noises, **arguments).images
+        yield images
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import math
 from collections import Counter
@@ -11,14 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from atomtune.atoms import Atom, find
+from atomtune.atoms import Atom, at_site, find
 from atomtune.backbones import Backbone, backbone_of, denoiser
+from atomtune.data.picture import mask_shares
 from atomtune.errors import UserError
 from atomtune.tuner import atom_layers, unwrap
 
@@ -34,7 +33,7 @@ class Steer:
     """
 
     atoms: str | Sequence[str] | None = None
-    """Atoms (`L17[137]`) and whole sites (`L17`, or the end of a module path such as `to_v`). None: all."""
+    """Atoms (`L17[137]` or labels) and whole sites (`L17`, or the end of a module path such as `to_v`). None: all."""
     strength: float | None = None
     """Multiplier within the limits. None: 1 there, and 0 beyond them."""
     time: tuple[float, float] | None = None
@@ -60,15 +59,7 @@ class Steer:
         """`where` as numbers in [0, 1]."""
         if self.where is None:
             return None
-        mode = getattr(self.where, "mode", None)
-        if mode not in (None, "L", "1"):
-            raise UserError(f"`where` must be a picture of mode L or 1, got {mode}. Convert it: picture.convert('L').")
-        mask = torch.tensor(np.asarray(self.where), dtype=torch.float32) / (255 if mode == "L" else 1)
-        if mask.ndim != 2 or not mask.numel():
-            raise UserError(f"`where` must be (height, width), got {tuple(mask.shape)}.")
-        if not ((mask >= 0) & (mask <= 1)).all():
-            raise UserError(f"`where` must lie in [0, 1], got {mask.min():g} to {mask.max():g}.")
-        return mask
+        return mask_shares(self.where, "where")
 
 
 @contextmanager
@@ -117,22 +108,15 @@ def _chosen(names: str | Sequence[str] | None, ranked: Sequence[Atom]) -> dict[s
     given = [names] if isinstance(names, str) else names
     sizes = Counter(atom.path for atom in ranked)
     found: dict[str, Tensor] = {}
-    for atom in ranked if given is None else [atom for name in given for atom in _named(name, ranked)]:
+    for atom in ranked if given is None else [a for name in given for a in _named(name, ranked)]:
         found.setdefault(atom.path, torch.zeros(sizes[atom.path], dtype=torch.bool))[atom.row] = True
     return found
 
 
 def _named(name: str, ranked: Sequence[Atom]) -> list[Atom]:
-    """The atom of that name, or all of that site."""
-    if "[" in name:
-        return [find(ranked, name)]
-    found = [atom for atom in ranked if name == f"L{atom.site}" or f".{atom.path}".endswith(f".{name}")]
-    if not found:
-        ends = {atom.path.split(".", n)[-1] for atom in ranked for n in range(atom.path.count(".") + 1)}
-        close = difflib.get_close_matches(name, sorted(ends | {f"L{atom.site}" for atom in ranked}), n=3)
-        hint = f" Close: {', '.join(close)}." if close else ""
-        raise UserError(f"The adapter has no site {name!r}.{hint}")
-    return found
+    """The atom of that name or label, or all of that site."""
+    named = "[" in name or any(name == a.label for a in ranked)
+    return [find(ranked, name)] if named else at_site(ranked, name)
 
 
 def _factor(

@@ -78,8 +78,10 @@ def test_every_field_of_a_command_is_in_its_help(capsys: pytest.CaptureFixture) 
         assert main([name, "--help"]) == 0
         shown = capsys.readouterr().out
         for field in dataclasses.fields(importlib.import_module(f"atomtune.cli.{FILES.get(name, name)}").Command):
-            positional = field.name in ("adapter", "prompts")
-            assert positional or field.name == "options" or f"--{field.name.replace('_', '-')}" in shown, field.name
+            positional = field.name in ("adapter", "picture", "prompts")
+            assert (
+                positional or field.name in ("options", "training") or f"--{field.name.replace('_', '-')}" in shown
+            ), field.name
 
 
 def test_an_unknown_command_gets_a_suggestion(capsys: pytest.CaptureFixture) -> None:

@@ -18,6 +18,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALLER = {
     "train": ["--steps", "60", "--n-atoms", "4", "--batch-size", "1", "--unrelated-pictures", "2"],
     "generate": ["--steps", "2"],
+    "edit": ["--steps", "2", "--n-atoms", "4", "--variants", "1", "--batch-size", "1", "--sampler", "2", "--keep", "1"],
     "export": ["--rank", "2"],
     "import": ["--exact"],
 }
@@ -54,7 +55,7 @@ def test_every_command_and_every_piece_of_code_runs(
             assert main([*words[1:], *SMALLER.get(words[1], [])]) == 0, capsys.readouterr().err
             seen.append(words[1])
     first = ["train", "atoms", "generate", "prune"]
-    assert seen == [*first, "atoms", "generate", "surgery", "diff", "export", "import"]
+    assert seen == [*first, "atoms", "generate", "surgery", "diff", "edit", "export", "import"]
     assert list((workplace / "pictures").glob("*.png"))
     for code in blocks("python"):
         exec(compile(code, "README.md", "exec"), {})

@@ -63,10 +63,10 @@ def random_atoms(pipe: Any, n_atoms: int, **fields: Any) -> atomtune.Adapter:
     return atomtune.Adapter(pipe, {})
 
 
-def random_lora(pipe: Any, folder: Path) -> Path:
+def random_lora(pipe: Any, folder: Path, sites: tuple[str, ...] = ("attn.to_q", "attn.to_out.0")) -> Path:
     """A LoRA of rank 2 as diffusers itself trains and saves it, its keys without a prefix."""
     base = denoiser(pipe)
-    base.add_adapter(LoraConfig(r=2, lora_alpha=8, target_modules=["attn.to_q", "attn.to_out.0"]), "theirs")
+    base.add_adapter(LoraConfig(r=2, lora_alpha=8, target_modules=list(sites)), "theirs")
     torch.manual_seed(4)
     for name, parameter in base.named_parameters():
         if "lora_B" in name:
@@ -240,6 +240,16 @@ def test_a_foreign_lora_is_one_line_and_leaves_the_base(
     assert "\n" not in str(caught.value)
     assert not getattr(pipe.transformer, "peft_config", None)
     assert torch.equal(predict(), before)
+
+
+def test_a_lora_of_what_reads_no_tokens_is_one_line(pipe: Any, predict: Predict, tmp_path: Path) -> None:
+    before = predict()
+    file = random_lora(pipe, tmp_path, ("attn.to_q", "timestep_embedder.linear_2"))
+    for exact in (True, False):
+        with pytest.raises(UserError, match=r"read tokens, and .*timestep_embedder\.linear_2 does not\. Leave it out"):
+            import_lora(pipe, file, [PROMPT], exact=exact, steps=1)
+        assert not getattr(pipe.transformer, "peft_config", None)
+        assert torch.equal(predict(), before)
 
 
 def test_what_is_no_safetensors_file_is_not_opened(pipe: Any, tmp_path: Path) -> None:

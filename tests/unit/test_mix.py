@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from pipelines import lumina2
 
 import atomtune
@@ -23,7 +24,16 @@ from atomtune.cli import main
 from atomtune.errors import UserError
 from atomtune.mix import TIMES, concepts, conflicts, merge, mix, orthogonality, weaker
 from atomtune.steering import Steer
-from atomtune.tuner import AtomConfig, activate, atom_layers, attach, prompt_gate, remove_adapter
+from atomtune.tuner import (
+    AtomConfig,
+    activate,
+    atom_layers,
+    attach,
+    open_gate,
+    override_gate,
+    prompt_gate,
+    remove_adapter,
+)
 from atomtune.tuner.mixture import MIXTURE
 from atomtune.tuner.store import WEIGHTS
 
@@ -136,8 +146,35 @@ def test_where_no_gate_opens_the_picture_is_the_base(pipe: Any, tmp_path: Path) 
     assert not torch.equal(wide, plain)
     with mixture.using(density=0):
         assert torch.equal(paint(pipe), plain)
-    with pytest.raises(UserError, match="can't become one adapter: a prompt gate is for its own part alone"):
-        merge(mixture)
+    merge(mixture).save(tmp_path / "one")
+    mixture.remove()
+    remove_adapter(pipe, "merged")
+    one = atomtune.load(pipe, tmp_path / "one")
+    assert torch.allclose(paint(pipe), wide, atol=1e-4)
+    # Pruned, ids tell still which gate is an atom's: without those of the part that is open nothing is left.
+    one.keep([a for a in one.atoms if not 4 <= a.id < 8])
+    assert torch.equal(paint(pipe), plain)
+
+
+def test_one_file_keeps_every_gate_of_parts_that_were_one_themselves(pipe: Any, tmp_path: Path) -> None:
+    folders = {part: save(pipe, tmp_path / part, i, gate=g) for i, (part, g) in enumerate((("a", 0.5), ("b", 0.0)))}
+    merge(mix(pipe, folders)).save(tmp_path / "ab")
+    for name in list(pipe.transformer.peft_config):
+        remove_adapter(pipe, name)
+    three = {"ab": tmp_path / "ab", "c": save(pipe, tmp_path / "c", 5), "d": save(pipe, tmp_path / "d", 6, gate=1.0)}
+    mixture = mix(pipe, three, {"c": 0.5})
+    together = paint(pipe)
+    merge(mixture)
+    assert torch.allclose(paint(pipe), together, atol=1e-4)
+    gate = prompt_gate(pipe.transformer, "merged")
+    assert gate is not None
+    assert torch.equal(gate(torch.ones(2, 3, gate.weight.shape[-1])), torch.tensor([[0.5, 0, 1, 1]] * 2))
+    with open_gate(pipe.transformer):
+        wide = paint(pipe)
+    with override_gate(pipe.transformer, torch.tensor([1.0, 0.0]), "merged"):
+        first, second = paint(pipe)
+    assert torch.allclose(first, wide[0], atol=1e-4)
+    assert not torch.allclose(second, wide[1], atol=1e-2)
 
 
 SOFT = {"sparsifier": "soft", "encoder_bias": False}
@@ -272,6 +309,31 @@ def test_commands(places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out.splitlines()[-1].split()[0] == "a/L0[0]"
     painted = ["generate", m, "a kite", "--steps", "2", "--out", str(tmp_path / "out")]
     assert main([*painted, "--density", "0.5", "--atom", "a/L0[0]=0"]) == 0
+    assert (
+        main(["atoms", m, "--top", "16", "--look", str(tmp_path / "look"), "--prompts", "a kite", "--steps", "1"]) == 0
+    )
+    assert {path.parent.name for path in (tmp_path / "look").rglob("*.png")} == {"a", "same"}
+    capsys.readouterr()
+    left, right = (tmp_path / f"{side}.png" for side in ("left", "right"))
+    Image.fromarray(np.uint8(255 * np.tile([1, 0], (2, 1)))).save(left)
+    Image.fromarray(np.uint8(255 * np.tile([0, 1], (2, 1)))).save(right)
+    assert main([*painted, "--where", f"a={left}", "--where", f"same={right}"]) == 0
+    regions = np.asarray(Image.open(capsys.readouterr().out.strip()))
+    mixture = atomtune.load(atomtune.open_pipeline(base_of(m) or ""), m)
+    with mixture.using(steer={"a": [Steer(where=Image.open(left))], "same": [Steer(where=Image.open(right))]}):
+        assert np.array_equal(np.asarray(atomtune.generate(mixture.pipe, ["a kite"], steps=2)[0]), regions)
+    for arguments, message in (
+        (["--where", f"b={left}"], "`steer`: the parts are a, same, got 'b'"),
+        (["--where", str(left), "--where", str(right)], "`where` must be like name=value"),
+        (["--density", "a/L9=0.5"], "no site 'a/L9'. Close: a/L"),
+        (["--density", "0.5", "--density", "much"], "`density` must be one number, or several like L17=0.2"),
+        (["--density", "L0=much"], "`density` must be like L17=0.2, got 'L0=much'"),
+        (["--purity", "2"], "`purity` must be between 0 and 1, got 2.0"),
+    ):
+        assert main([*painted, *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["generate", str(places / "a"), "a kite", "--where", f"a={left}"]) == 2
+    assert "`steer` by part is for mixtures" in capsys.readouterr().err
     assert main([*given, "--one-file", "--out", str(tmp_path / "one")]) == 0
     for arguments, message in (
         ([*given, "--out", m], "`out` must not exist yet"),

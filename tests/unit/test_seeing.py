@@ -202,7 +202,7 @@ def test_the_only_atom_made_all_of_it(pipe: Any) -> None:
 
 def test_wrong_masks_are_told(pipe: Any) -> None:
     ranked, whole, mask = ranking(pipe), picture(pipe), left_half(pipe)
-    with pytest.raises(UserError, match=r"`mask` must be gray .* got RGB"):
+    with pytest.raises(UserError, match=r"`mask` must be a picture of mode L or 1, got RGB\. Convert it"):
         attribution(pipe, ranked, whole, "a kite", whole)
     with pytest.raises(UserError, match=r"`mask` must have the picture's size .* got \(8, 9\)"):
         attribution(pipe, ranked, whole, "a kite", mask.resize((8, 9)))

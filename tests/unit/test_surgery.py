@@ -170,7 +170,7 @@ def test_commands(tmp_path: Path, bases: dict[str, Path], capsys: pytest.Capture
     assert Path(run, WEIGHTS).read_bytes() == weights
     assert main(["atoms", run]) == 0
     rows = capsys.readouterr().out.splitlines()
-    assert rows[2].endswith("layers.0.attn.to_q  leaves")
+    assert rows[2].startswith("leaves (L0[3]) ")
     assert rows[-2].endswith("layers.0.attn.to_q  a = b")
     assert main(["surgery", run, "--drop", "leaves", "--drop", "L1[0]", "--out", less]) == 0
     assert main(["diff", run, less]) == 0

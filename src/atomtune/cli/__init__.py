@@ -11,6 +11,7 @@ COMMANDS = {
     "demo": "Learn a new subject on the embedded world, show its atoms, write a report.",
     "train": "Train an adapter on a folder of pictures.",
     "generate": "Paint pictures with an adapter, its dials turned as you say.",
+    "edit": "Tune on one picture, and paint edits of it over a sweep of which atoms take part.",
     "atoms": "Rank the atoms of an adapter.",
     "prune": "Keep the most important atoms for good.",
     "surgery": "Keep or drop single atoms for good, label them, and write notes beside them.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
 import sys
 from dataclasses import dataclass
@@ -57,46 +56,28 @@ class Command:
             print(json.dumps(found, indent=1))
             return
         total = sum(a.importance for a in atoms) or 1.0
-        width = max(10, *(len(a.name) for a in atoms.top(self.top)))
+        width = max(10, *(len(a.title) for a in atoms.top(self.top)))
         print(f"{'atom':<{width}} {'importance':>10} {'share':>6} {'density':>7} {'purity':>6}  site")
         for a in atoms.top(self.top):
             purity = "-" if a.purity != a.purity else f"{a.purity:.2f}"
             share = a.importance / total
-            row = f"{a.name:<{width}} {a.importance:>10.4f} {share:>6.1%} {a.density:>7.2f} {purity:>6}  {a.path}"
-            print("  ".join(word for word in (row, a.label, a.note) if word))
+            row = f"{a.title:<{width}} {a.importance:>10.4f} {share:>6.1%} {a.density:>7.2f} {purity:>6}  {a.path}"
+            print(f"{row}  {a.note}".rstrip())
         dead = sum(a.dead for a in atoms)
         print(f"{len(atoms)} atoms, {dead} dead; importance: {FORMULAS[self.formula]}", file=sys.stderr)
 
     def _paint(self, atoms: Any) -> None:
         """Write what --curve and --look ask for."""
-        import numpy as np
-        from PIL import Image
-
-        from atomtune.backbones import backbone_of
-        from atomtune.data.picture import to_tensor
+        from atomtune.adapter import concept_of
         from atomtune.errors import UserError
-        from atomtune.explore.overlay import overlay, scale_of
-        from atomtune.files import write_whole
-        from atomtune.measure.maps import code_maps
-        from atomtune.measure.painting import curve_svg, density_curve, strips
+        from atomtune.explore import sheets
 
-        told = self.adapter / "options.json"
-        concept = json.loads(told.read_text(encoding="utf-8")).get("concept") if told.is_file() else None
+        concept = concept_of(self.adapter)
         prompts = self.prompts or ((f"a {concept}",) if concept else ())
         if not prompts:
             raise UserError(f"`prompts` must say what to paint: {self.adapter} names no concept.")
-        pipe, shown = atoms.adapter.pipe, atoms.top(self.top)
         call: dict[str, Any] = {} if self.steps is None else {"num_inference_steps": self.steps}
         if self.curve:
-            write_whole(self.curve, curve_svg(density_curve(pipe, atoms.ranked, prompts, **call)))
+            sheets.curve(atoms, prompts, self.curve, **call)
         if self.look:
-            painted = strips(pipe, atoms.ranked, [a.name for a in shown], prompts[0], **call)
-            strip = {name: (255 * pictures).round().astype(np.uint8) for name, (pictures, _) in painted.items()}
-            whole, backbone = Image.fromarray(strip[shown[0].name][2]), backbone_of(pipe)
-            latents = backbone.encode_pictures(pipe, to_tensor(whole)[None].to(pipe.vae.device))
-            grids = code_maps(pipe, backbone, latents, backbone.encode_prompts(pipe, [prompts[0]]), shown)
-            for name, row in strip.items():
-                grid = grids.get(name, np.zeros((1, 1, 1)))[0]  # a site that sees only text
-                sheet = Image.fromarray(np.concatenate([overlay(whole, grid, scale_of(grid)), *row], 1))
-                sheet.save(png := io.BytesIO(), "PNG")
-                write_whole(self.look / f"{name}.png", png.getvalue())
+            sheets.look(atoms, atoms.top(self.top), prompts[0], self.look, **call)

@@ -34,7 +34,7 @@ def open_adapter(folder: Path, base: str | None, allow_other_base: bool, device:
     return atomtune.load(pipe, folder, allow_other_base=allow_other_base)
 
 
-def parse_strengths(pairs: tuple[str, ...]) -> dict[str, float]:
+def parse_numbers(field: str, like: str, pairs: tuple[str, ...]) -> dict[str, float]:
     """`L17[137]=0.5` and the like, as a table."""
     found = {}
     for pair in pairs:
@@ -44,8 +44,32 @@ def parse_strengths(pairs: tuple[str, ...]) -> dict[str, float]:
                 raise ValueError
             found[name.strip()] = float(value)
         except ValueError:
-            raise UserError(f"`atom` must be like L17[137]=0.5, got {pair!r}.") from None
+            raise UserError(f"`{field}` must be like {like}, got {pair!r}.") from None
     return found
+
+
+def parse_density(given: tuple[str, ...]) -> float | dict[str, float]:
+    """`0.5`, or `L17=0.2` and the like, as `Adapter.using` takes it; 1 where nothing is given."""
+    if not given:
+        return 1.0
+    if any("=" in text for text in given):
+        return parse_numbers("density", "L17=0.2", given)
+    try:
+        (share,) = map(float, given)
+    except ValueError:
+        raise UserError(f"`density` must be one number, or several like L17=0.2, got {' '.join(given)}.") from None
+    return share
+
+
+def parse_time(text: str | None) -> tuple[float, float] | None:
+    """`0.6-1.0` as a pair."""
+    if text is None:
+        return None
+    try:
+        first, last = map(float, text.split("-"))
+    except ValueError:
+        raise UserError(f"`time` must be like 0.6-1.0, got {text}.") from None
+    return first, last
 
 
 def pairs(field: str, given: tuple[str, ...]) -> dict[str, Any]:

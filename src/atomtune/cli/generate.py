@@ -24,8 +24,11 @@ class Command:
     """Seed of the first picture's noise; the next takes the next."""
     strength: float | None = None
     """Multiplier on the whole adapter. None: 1."""
-    density: float = 1.0
-    """Share of all atoms that take part, the most important first; 0 is the base."""
+    density: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="0.5|L17=0.2")] = ()
+    """Share of all atoms that take part, the most important first; 0 is the base, nothing said is 1. Or of the atoms of
+    a site, by its number or the end of its path; may then be given several times."""
+    purity: float = 0.0
+    """Only atoms with at least this share of their energy on the subject, or an unknown one, take part."""
     atom: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="L17[137]=0.5")] = ()
     """Strength of one atom; may be given several times."""
     site: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="L17=2.5")] = ()
@@ -33,8 +36,9 @@ class Command:
     time: Annotated[str | None, tyro.conf.arg(metavar="0.6-1.0")] = None
     """Limit to some times: 1 is noise, 0 the picture. Within its limits a strength (of --atom and --site, or else
     --strength) is what you say, beyond them 1. Without any strength the adapter takes part within them only."""
-    where: Path | None = None
-    """Limit to what is white in this gray picture, of any size; for the picture's tokens."""
+    where: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="MASK|PART=MASK")] = ()
+    """Limit to what is white in this gray picture, of any size; for the picture's tokens. For a mixture it may be given
+    once a part: each then takes part in its own region only."""
     words: str | None = None
     """Limit to these words of the prompts; for the prompts' tokens."""
     contain: float = 0.0
@@ -52,12 +56,14 @@ class Command:
 
     def run(self) -> None:
         import atomtune
-        from atomtune.cli.common import open_adapter
+        from atomtune.cli.common import open_adapter, parse_density
         from atomtune.sampling import save_pictures
 
         dials = self._dials()
         adapter = open_adapter(self.adapter, self.base, self.allow_other_base, self.device)
-        with adapter.using(density=self.density, contain=self.contain, **dials):
+        for name, value in dials.get("atoms", {}).items():
+            print(f"{adapter.atoms[name].title} at {value:g}", file=sys.stderr)
+        with adapter.using(density=parse_density(self.density), purity=self.purity, contain=self.contain, **dials):
             pictures = atomtune.generate(
                 adapter.pipe, self.prompts, seed=self.seed, steps=self.steps, guidance=self.guidance
             )
@@ -67,15 +73,23 @@ class Command:
 
     def _dials(self) -> dict[str, Any]:
         """Arguments of `using`."""
-        from atomtune.cli.common import parse_strengths
+        from atomtune.cli.common import pairs, parse_numbers, parse_time
+        from atomtune.errors import UserError
         from atomtune.steering import Steer
 
-        atoms, sites = parse_strengths(self.atom), _sites(self.site)
+        atoms = parse_numbers("atom", "L17[137]=0.5", self.atom)
+        sites = parse_numbers("site", "L17=2.5", self.site)
         strength = 1.0 if self.strength is None else self.strength
-        if self.time is None and self.where is None and self.words is None:
+        if self.time is None and not self.where and self.words is None:
             steer = [Steer(name, value) for name, value in sites.items()]
             return {"strength": strength, "atoms": atoms, "steer": steer}
-        limits: dict[str, Any] = {"time": _time(self.time), "where": _picture(self.where), "words": self.words}
+        limits: dict[str, Any] = {"time": parse_time(self.time), "words": self.words}
+        if any("=" in given for given in self.where) or len(self.where) > 1:
+            if atoms | sites:
+                raise UserError("`where` by part takes no --atom and --site. Turn them by themselves.")
+            regions = {part: _picture(Path(path)) for part, path in pairs("where", self.where).items()}
+            return {"steer": {p: [Steer(None, self.strength, where=mask, **limits)] for p, mask in regions.items()}}
+        limits["where"] = _picture(Path(self.where[0])) if self.where else None
         if not atoms | sites:
             return {"steer": [Steer(None, self.strength, **limits)]}
         return {
@@ -84,34 +98,12 @@ class Command:
         }
 
 
-def _sites(pairs: tuple[str, ...]) -> dict[str, float]:
-    from atomtune.cli.common import parse_strengths
-    from atomtune.errors import UserError
-
-    try:
-        return parse_strengths(pairs)
-    except UserError:
-        raise UserError(f"`site` must be like L17=2.5, got {' '.join(pairs)}.") from None
-
-
-def _time(text: str | None) -> tuple[float, float] | None:
-    from atomtune.errors import UserError
-
-    if text is None:
-        return None
-    try:
-        first, last = map(float, text.split("-"))
-    except ValueError:
-        raise UserError(f"`time` must be like 0.6-1.0, got {text}.") from None
-    return first, last
-
-
-def _picture(path: Path | None) -> Any:
+def _picture(path: Path) -> Any:
     from PIL import Image
 
     from atomtune.errors import UserError
 
     try:
-        return None if path is None else Image.open(path)
+        return Image.open(path)
     except OSError as error:
         raise UserError(f"`where` must be a picture file, got {path}: {error}.") from error

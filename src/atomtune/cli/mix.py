@@ -21,7 +21,7 @@ class Command:
     weight: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="style=0.7")] = ()
     """Weight of a part, otherwise 1; may be given several times."""
     one_file: bool = False
-    """Merge the parts into one plain adapter; it can hold no prompt gates and no atoms that compete (topk, ista)."""
+    """Merge the parts into one plain adapter; each atom keeps its part's gate. Not where atoms compete (topk, ista)."""
     drop_weaker: bool = False
     """Of two atoms that conflict, drop the less important one."""
     limits: tuple[float, float] = (0.3, 0.3)

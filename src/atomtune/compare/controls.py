@@ -10,6 +10,7 @@ from torch import Tensor
 
 from atomtune.backbones import Backbone, denoiser
 from atomtune.lora import attach_factors, attach_rows, fit_autoencoder
+from atomtune.measure.reads import watch
 from atomtune.training import gating
 from atomtune.training.batch import draw, generator_of
 from atomtune.training.loop import NAME
@@ -56,15 +57,8 @@ def _inputs(
     base = denoiser(pipe)
     seen: dict[str, list[Tensor]] = {site: [] for site in parts}
     modules = dict(base.named_modules())
-    handles = [
-        modules[site].register_forward_pre_hook(lambda _, x, kept=kept: kept.append(x[0].detach().flatten(0, -2)))
-        for site, kept in seen.items()
-    ]
-    try:
+    with watch(pipe, {site: modules[site] for site in parts}, lambda site, x, _: seen[site].append(x.flatten(0, -2))):
         for number in range(BATCHES):
             batch = draw(material, backbone, options, number, generator_of(options, number))
             backbone.predict(base, batch.x, batch.s, batch.conditioning)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {site: torch.cat(kept) for site, kept in seen.items()}

@@ -115,8 +115,9 @@ class Tuned:
             return self.adapter.using(contain=knob.value)
         if knob.name == "atoms":
             return self.adapter.using(density=knob.value, formula=knob.formula or "effect")
-        chosen = (pure if knob.name == "purity" else at_random)(self.adapter, knob.value)
-        return atom_dials.strengths(self.pipe, chosen, self.adapter.name)
+        if knob.name == "purity":
+            return self.adapter.using(purity=knob.value)
+        return atom_dials.strengths(self.pipe, at_random(self.adapter, knob.value), self.adapter.name)
 
     @property
     def gated(self) -> bool:
@@ -137,15 +138,6 @@ class Tuned:
     def remove(self) -> None:
         """The pipeline is the base again."""
         (self.adapter or self.rival).remove()  # type: ignore[union-attr]
-
-
-def pure(adapter: Adapter, threshold: float) -> dict[str, torch.Tensor]:
-    """Strengths by site that leave out the atoms whose energy lies beside the subject; unknown ones stay."""
-    found = {}
-    for site, s in adapter.statistics.items():
-        kept = (s["purity"] >= threshold) | s["purity"].isnan()
-        found[site] = kept.float()
-    return found
 
 
 def at_random(adapter: Adapter, density: float) -> dict[str, torch.Tensor]:

@@ -14,6 +14,8 @@ from atomtune.compare.cells import Cell
 from atomtune.compare.fit import COMPONENTS, Fit, Knob, Lesson, Tuned, obtain, singular
 from atomtune.compare.methods import BASE, parse
 from atomtune.compare.tasks import Ask, Studio
+from atomtune.editing.sweep import sweep
+from atomtune.scenes.world import Scene
 from atomtune.training.options import TrainOptions
 from atomtune.tuner import activate
 from atomtune.tuner.model import unwrap
@@ -123,6 +125,11 @@ def style(cell: Cell, studio: Studio) -> Iterator[Row]:
     yield from _learned(cell, studio, tasks.style_lesson(cell.subject), tasks.style_asks(cell.subject), None)
 
 
+def scenes(asks: Sequence[Ask]) -> list[Scene]:
+    """What is asked for."""
+    return [ask.scene for ask in asks]
+
+
 def _learned(cell: Cell, studio: Studio, lesson: Lesson, asks: list[Ask], learned: str | None) -> Iterator[Row]:
     pairs = [a for a in asks if a.kind == "pair"]
     assert asks[: len(pairs)] == pairs
@@ -150,10 +157,10 @@ def _learned(cell: Cell, studio: Studio, lesson: Lesson, asks: list[Ask], learne
                 pictures = studio.paint(asks, noise)
             # A gate that was shut for all that is not the concept is so at every strength.
             if not gate or shut is None:
-                outside = tasks.leak(base_quiet, studio.paint(quiet, LEAK_SEED), quiet)
+                outside = tasks.leak(base_quiet, studio.paint(quiet, LEAK_SEED), scenes(quiet))
                 whole = outside["silence"]
                 if nouns:
-                    beyond = tasks.leak(base_nouns, studio.paint(nouns, CLASS_SEED), nouns)
+                    beyond = tasks.leak(base_nouns, studio.paint(nouns, CLASS_SEED), scenes(nouns))
                     outside["bleed"], whole = beyond["drift"], min(whole, beyond["silence"])
                 shut = outside if gate and whole == 1 else shut
             else:
@@ -188,20 +195,18 @@ def _edited(cell: Cell, studio: Studio, lesson: Lesson) -> Iterator[Row]:
         yield from _kinds(studio.base(asks, noise), asks)
         return
     tuned = _tuned(cell, studio, lesson)
-    for knob in EDIT_KNOBS if tuned.adapter is not None else (FULL, *SCALES):
-        gate = True if tuned.gated else None
-        with _at(tuned, knob, gate):
-            pictures = studio.paint(asks, noise)
+    gate = True if tuned.gated else None
+    knobs = EDIT_KNOBS if tuned.adapter is not None else (FULL, *SCALES)
+    for knob, pictures in sweep(knobs, lambda knob: _at(tuned, knob, gate), lambda: studio.paint(asks, noise)):
         for row in _kinds(pictures, asks):
             yield tuned.facts | _knob(knob, gate) | row
     if parse(cell.method)[0] in COMPONENTS:
         tuned.remove()
         cut = singular(fit_of(cell, lesson), studio.pipe, studio.folder / "fits")
-        for value in (0.5, 0.25):
-            with cut.turned(Knob("atoms", value)):
-                pictures = studio.paint(asks, noise)
+        few = [Knob("atoms", value) for value in (0.5, 0.25)]
+        for knob, pictures in sweep(few, cut.turned, lambda: studio.paint(asks, noise)):
             for row in _kinds(pictures, asks):
-                yield cut.facts | _knob(Knob("svd", value), None) | row | {"density": value}
+                yield cut.facts | _knob(Knob("svd", knob.value), None) | row | {"density": knob.value}
 
 
 def _kinds(pictures: Sequence[Any], asks: Sequence[Ask]) -> Iterator[Row]:

@@ -271,10 +271,9 @@ def score(pictures: Sequence[Image.Image], asks: Sequence[Ask], learned: str | N
     return {name: float(np.mean([row[name] for row in rows if name in row])) for name in names}
 
 
-def leak(base: Sequence[Image.Image], adapted: Sequence[Image.Image], asks: Sequence[Ask]) -> dict[str, float]:
+def leak(base: Sequence[Image.Image], adapted: Sequence[Image.Image], scenes: Sequence[Scene]) -> dict[str, float]:
     """drift, pixel_drift and silence of pictures that should be the base's."""
     a, b = arrays(base), arrays(adapted)
-    scenes = [ask.scene for ask in asks]
     return {
         "drift": float(drift(features(base, scenes), features(adapted, scenes)).mean()),
         "pixel_drift": float(pixel_drift(a, b).mean()),

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -180,3 +180,16 @@ def to_picture(pixels: Float[Tensor, "3 height width"]) -> Image.Image:
         raise ValueError("`pixels` must be finite, got NaN or infinity.")
     levels = ((pixels.detach().float().cpu() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
+
+
+def mask_shares(mask: Any, field: str = "mask") -> Float[Tensor, "height width"]:
+    """A mask as numbers in [0, 1], 1 where it is white: of a picture of mode L or 1, or of an array."""
+    mode = getattr(mask, "mode", None)
+    if mode not in (None, "L", "1"):
+        raise UserError(f"`{field}` must be a picture of mode L or 1, got {mode}. Convert it: picture.convert('L').")
+    shares = torch.tensor(np.asarray(mask), dtype=torch.float32) / (255 if mode == "L" else 1)
+    if shares.ndim != 2 or not shares.numel():
+        raise UserError(f"`{field}` must be (height, width), got {tuple(shares.shape)}.")
+    if not ((shares >= 0) & (shares <= 1)).all():
+        raise UserError(f"`{field}` must lie in [0, 1], got {shares.min():g} to {shares.max():g}.")
+    return shares

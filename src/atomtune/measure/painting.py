@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,16 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from atomtune.atoms import Atom, count, dialled
-from atomtune.backbones import backbone_of, denoiser
+from atomtune.atoms import Atom, count, dialled, places
 from atomtune.errors import UserError
-from atomtune.tuner import atom_layers, hold_gate
+from atomtune.sampling import batches
 
 Pictures = Float[np.ndarray, "n h w 3"]
 """Pixels in [0, 1]."""
 
 Dial = Mapping[str, Tensor]
-"""Strengths of atoms by site (`atoms.dialled`)."""
+"""Strengths of atoms by place (`atoms.dialled`)."""
 
 
 @contextmanager
@@ -31,21 +30,21 @@ def row_strengths(model: Any, dials: Sequence[Dial], adapter: str = "default") -
     A forward of k times as many rows, such as guidance with both branches in one batch, has them k times in order.
     """
 
-    def turn(layer: Any, args: tuple[Any, ...], site: str) -> None:
+    def turn(layer: Any, args: tuple[Any, ...], place: str) -> None:
         x = args[0]
-        rows = torch.stack([row[site] for row in dials]).to(x.device).repeat(len(x) // len(dials), 1)
-        layer.atom_strength[adapter] = rows.view(len(x), *(1,) * (x.ndim - 2), -1)
+        rows = torch.stack([row[place] for row in dials]).to(x.device).repeat(len(x) // len(dials), 1)
+        layer.atom_strength[held[place][1]] = rows.view(len(x), *(1,) * (x.ndim - 2), -1)
 
-    layers = atom_layers(model, adapter)
-    before = {site: layer.atom_strength[adapter] for site, layer in layers.items()}
-    handles = [layer.register_forward_pre_hook(partial(turn, site=site)) for site, layer in layers.items()]
+    held = places(model, dials[0], adapter)
+    before = {place: layer.atom_strength[part] for place, (layer, part) in held.items()}
+    handles = [layer.register_forward_pre_hook(partial(turn, place=place)) for place, (layer, _) in held.items()]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for site, layer in layers.items():
-            layer.atom_strength[adapter] = before[site]
+        for place, (layer, part) in held.items():
+            layer.atom_strength[part] = before[place]
 
 
 def paint(
@@ -55,17 +54,12 @@ def paint(
 
     Gates are held as `atomtune.prompt_gates` does. Other arguments go to the pipeline.
     """
-    if not rows:
-        raise UserError("`prompts` must name at least one picture, got none.")
-    backbone, painted = backbone_of(pipe), []
-    for start in range(0, len(rows), batch_size):
-        prompts, seeds, dials = (list(column) for column in zip(*rows[start : start + batch_size], strict=True))
-        noises = [torch.Generator().manual_seed(seed) for seed in seeds]
-        arguments = backbone.call(pipe, prompts) | {"output_type": "np"} | call
-        gates = hold_gate(denoiser(pipe), partial(backbone.encode_prompts, pipe, prompts))
-        with gates, row_strengths(pipe, dials, adapter):
-            painted.append(pipe(prompt=prompts, generator=noises, **arguments).images)
-    return np.concatenate(painted)
+    prompts, seeds, dials = zip(*rows, strict=True) if rows else ((), (), ())
+
+    def turned(chosen: slice) -> AbstractContextManager[None]:
+        return row_strengths(pipe, dials[chosen], adapter)
+
+    return np.concatenate(list(batches(pipe, prompts, seeds, batch_size, turned, **{"output_type": "np"} | call)))
 
 
 def strips(

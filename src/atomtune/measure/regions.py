@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from atomtune.atoms import Atom, dialled, per_token
 from atomtune.backbones import backbone_of, denoiser, select
-from atomtune.data.picture import to_tensor
+from atomtune.data.picture import mask_shares, to_tensor
 from atomtune.errors import UserError
 from atomtune.measure.maps import TIMES
 from atomtune.measure.painting import Dial, row_strengths
@@ -22,11 +21,9 @@ from atomtune.tuner import open_gate
 
 def region(mask: Image.Image, size: tuple[int, int], grid: tuple[int, int]) -> Float[Tensor, " tokens"]:
     """The share of each picture token that a gray mask, white inside, covers; `size` is the picture's, in pixels."""
-    if mask.mode not in ("L", "1"):
-        raise UserError(f"`mask` must be gray (mode L or 1), got {mask.mode}. Give it as mask.convert('L').")
+    pixels = mask_shares(mask)
     if mask.size != size:
         raise UserError(f"`mask` must have the picture's size {size}, got {mask.size}. Resize it.")
-    pixels = torch.from_numpy(np.array(mask.convert("L"), np.float32)) / 255
     if not pixels.any():
         raise UserError("`mask` must be white somewhere, got an empty region. Paint it white (255) inside.")
     return torch.nn.functional.adaptive_avg_pool2d(pixels[None], grid).flatten()
@@ -82,7 +79,7 @@ def attribution(
     if not whole.any():
         raise UserError("`mask` must lie where the adapter changes the picture, got a region that is the base's.")
     (product(full, change) / whole).sum().backward(inputs=list(ones.values()))
-    slope = {a.name: 0.0 if (g := ones[a.path].grad) is None else g[a.row].item() for a in ranked}
+    slope = {a.name: 0.0 if (g := ones[a.place].grad) is None else g[a.row].item() for a in ranked}
     tried = sorted(ranked, key=lambda a: -abs(slope[a.name]))[:top]
     rows, size = [], max(1, batch_size // len(s))
     for chosen in (tried[start : start + size] for start in range(0, len(tried), size)):

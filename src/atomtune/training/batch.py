@@ -67,7 +67,8 @@ def draw(
         picks = torch.randint(len(bucket.unrelated_latents), (options.unrelated_rows,), generator=generator)
         latents = torch.cat([latents, bucket.unrelated_latents[picks]])
         conditioning = join(conditioning, select(material.unrelated_conditioning, picks))
-    s = objective.DENSITIES[backbone.density](len(latents), generator).to(latents.device)
+    density = objective.among(options.times) if options.times else objective.DENSITIES[backbone.density]
+    s = density(len(latents), generator).to(latents.device)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     x, velocity = objective.noised(latents, s, noise)
     if options.caption_dropout:

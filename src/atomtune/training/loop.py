@@ -71,12 +71,14 @@ def train(
     command: str = "",
     settings: Mapping[str, Any] | None = None,
     progress: bool = True,
+    stop: Callable[[Run], bool] = lambda run: False,
 ) -> Adapter:
     """Train an adapter on a folder of pictures; returns it attached to the pipeline, saved in `out`.
 
     `out` receives config.toml (with `settings` beside the options), log.jsonl, status.json, checkpoints/, samples/ and
     the adapter's own files. With validation it is the best one, by `validation_score`, and `last/` holds the last.
-    With `resume` the newest whole checkpoint goes on, and its losses are those of an uninterrupted run. Raises
+    With `resume` the newest whole checkpoint goes on, and its losses are those of an uninterrupted run. `stop` is asked
+    after each step whether that was the last. Raises
     UserError on bad data or options before anything is trained or written, and on a loss that is not finite. After an
     error the pipeline is the base again.
     """
@@ -117,7 +119,7 @@ def train(
             if resume:
                 state.resume()
             with state.told():
-                state.steps(progress)
+                state.steps(progress, stop)
                 return _finish(state, command)
     except BaseException:
         if NAME in (getattr(base, "peft_config", None) or {}):
@@ -262,6 +264,7 @@ class Run:
         self.optimizer = self._optimizer()
         self.ema = Ema(self.parameters(), options.ema) if options.ema else None
         self.done = 0
+        self.told_to_stop = False
         self.best: tuple[float, int] | None = None
         """The lowest validation score so far, and its step."""
         self.silent_for: dict[str, Tensor] = {}
@@ -292,7 +295,7 @@ class Run:
     def _schedule(self) -> dict[str, Any]:
         return {name: getattr(self.options, name) for name in ("schedule", "steps", "lr", "warmup", "floor")}
 
-    def steps(self, progress: bool) -> None:
+    def steps(self, progress: bool, stop: Callable[[Run], bool]) -> None:
         o, main = self.options, self.processes.is_main_process
         bar = tqdm(
             total=o.steps,
@@ -319,6 +322,7 @@ class Run:
                     self.trackers.log(terms | speed | {"lr": self.optimizer.param_groups[0]["lr"]}, self.done)
                 bar.update()
                 bar.set_postfix({k: f"{v:.4g}" for k, v in terms.items()})
+                self.told_to_stop = stop(self)
                 if self._due(o.checkpoint_every) or self.over() or asked_to_stop():
                     self.checkpoint()
                 if asked_to_stop():
@@ -333,7 +337,7 @@ class Run:
     def over(self) -> bool:
         """Whether the last step is done: all of them, or enough validations without a better one."""
         o = self.options
-        if self.done >= o.steps:
+        if self.done >= o.steps or self.told_to_stop:
             return True
         if o.patience is None or o.validate_every is None or self.best is None:
             return False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -17,6 +17,11 @@ DENSITIES: dict[str, Callable[[int, torch.Generator], Tensor]] = {
     "uniform": lambda n, g: torch.rand(n, generator=g),
 }
 """How the time s in [0, 1] is drawn; logit-normal is SD3's (arXiv 2403.03206, eq. 19 with m=0, s=1)."""
+
+
+def among(times: Sequence[float]) -> Callable[[int, torch.Generator], Tensor]:
+    """Draws from a few times alone (FastEdit, arXiv 2408.03355)."""
+    return lambda n, g: torch.tensor(times)[torch.randint(len(times), (n,), generator=g)]
 
 
 def noised(latents: Tensor, s: Float[Tensor, " batch"], noise: Tensor) -> tuple[Tensor, Tensor]:

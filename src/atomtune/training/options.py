@@ -78,6 +78,8 @@ class TrainOptions:
     """Start encoders from the data: they tell the concept's tokens from unrelated ones before step 1."""
     k: int | None = None
     """Atoms kept at a position, for topk and batch_topk; annealed from all over the first 40 % of the steps."""
+    times: tuple[float, ...] = ()
+    """Times that pictures are noised to, 0 being clean. Empty: drawn from the family's own density."""
     sites: tuple[str, ...] | None = None
     """Ends of the names of the layers to adapt. None: the family's attention layers."""
     silence: float = 0.01
@@ -176,6 +178,8 @@ class TrainOptions:
         for name in ("margin", "threshold"):
             if not math.isfinite(getattr(self, name)):
                 raise UserError(f"`{name}` must be a finite number, got {getattr(self, name)}.")
+        if not all(0 <= s <= 1 for s in self.times):
+            raise UserError(f"`times` must lie in [0, 1], got {self.times}.")
         if not 0 <= self.seed < 2**31:
             raise UserError(f"`seed` must be between 0 and {2**31 - 1}, got {self.seed}.")
         if self.mixed_precision not in ("no", "fp16", "bf16"):

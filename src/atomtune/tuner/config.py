@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.metadata
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -72,6 +73,12 @@ class AtomConfig(PeftConfig):
         default=None, metadata=_help("Argument of the base model's forward that carries their mask.")
     )
     gate_dim: int | None = field(default=None, metadata=_help("Features of a prompt embedding."))
+    gate_starts: list[int] | None = field(
+        default=None,
+        metadata=_help(
+            "Of parts merged into one: the first atom id of each, which has a gate of its own. None: one gate."
+        ),
+    )
     base_fingerprint: str | None = field(
         default=None,
         metadata=_help("What the base's weights looked like when the adapter was saved. Filled in."),
@@ -113,11 +120,14 @@ class AtomConfig(PeftConfig):
 
     def _check_gate(self) -> None:
         if self.gate_input is None:
-            for name in ("gate_mask", "gate_dim"):
+            for name in ("gate_mask", "gate_dim", "gate_starts"):
                 if getattr(self, name) is not None:
                     raise UserError(f"`{name}` has no meaning without `gate_input`. Set `gate_input` or drop it.")
         elif self.gate_dim is None or self.gate_dim < 1:
             raise UserError(f"`gate_dim` must be the width of `{self.gate_input}`, at least 1, got {self.gate_dim}.")
+        starts = self.gate_starts
+        if starts is not None and (starts[:1] != [0] or any(a >= b for a, b in itertools.pairwise(starts))):
+            raise UserError(f"`gate_starts` must rise from 0, got {starts}.")
 
     def atoms_at(self, site: str) -> int:
         """How many atoms the site has; 0 where it is dropped."""

@@ -31,17 +31,19 @@ class PromptGate(nn.Module):
 
     Exactly 0 for z <= -1, exactly 1 for z >= 1. Starts fully open (w = 0, b = -1). Always in float32: a
     cast of the whole model moves it to another device but leaves its dtype, and so its calibration, alone.
+    With a `number` it is as many gates, of parts that were merged; what it gives then has them as last axis.
     """
 
-    def __init__(self, gate_dim: int) -> None:
+    def __init__(self, gate_dim: int, number: int | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(gate_dim, dtype=torch.float32))
-        self.bias = nn.Parameter(torch.tensor(-1.0, dtype=torch.float32))
+        gates = () if number is None else (number,)
+        self.weight = nn.Parameter(torch.zeros(*gates, gate_dim, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.full(gates, -1.0, dtype=torch.float32))
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PromptGate":
         return super()._apply(lambda t: fn(t) if t.is_meta else t.to(fn(t).device), recurse)
 
-    def pre_code(self, embeds: Embeds, mask: Tensor | None = None) -> Float[Tensor, " batch"]:
+    def pre_code(self, embeds: Embeds, mask: Tensor | None = None) -> Float[Tensor, "batch *gates"]:
         """z of each prompt.
 
         `embeds`: (B, T, gate_dim), or a list of B tensors (T_i, gate_dim) with real tokens only; a mask
@@ -49,14 +51,20 @@ class PromptGate(nn.Module):
         """
         if isinstance(embeds, (list, tuple)):
             return torch.cat([self.pre_code(one.unsqueeze(0)) for one in embeds])
-        if embeds.ndim != 3 or embeds.shape[-1] != len(self.weight):
+        if embeds.ndim != 3 or embeds.shape[-1] != self.weight.shape[-1]:
             raise UserError(
-                f"Prompt embeddings must be (batch, tokens, {len(self.weight)}), got {tuple(embeds.shape)}. "
+                f"Prompt embeddings must be (batch, tokens, {self.weight.shape[-1]}), got {tuple(embeds.shape)}. "
                 "Check `gate_input` and `gate_dim`."
             )
+        if self.weight.ndim == 1:
+            return self._largest(embeds, mask, self.weight) - self.bias
+        return torch.stack([self._largest(embeds, mask, weight) for weight in self.weight], 1) - self.bias
+
+    @staticmethod
+    def _largest(embeds: Tensor, mask: Tensor | None, weight: Tensor) -> Float[Tensor, " batch"]:
         wide = embeds.float()
         # Products and sums, not a matmul: autocast would run that in half precision.
-        z = (wide * self.weight).sum(-1) * wide.square().mean(-1).clamp_min(1e-12).rsqrt()
+        z = (wide * weight).sum(-1) * wide.square().mean(-1).clamp_min(1e-12).rsqrt()
         if mask is not None:
             if mask.shape != z.shape:
                 raise UserError(
@@ -64,9 +72,9 @@ class PromptGate(nn.Module):
                     "Check `gate_mask`."
                 )
             z = z.masked_fill(~mask.bool(), -math.inf)
-        return z.amax(-1) - self.bias
+        return z.amax(-1)
 
-    def forward(self, embeds: Embeds, mask: Tensor | None = None) -> Float[Tensor, " batch"]:
+    def forward(self, embeds: Embeds, mask: Tensor | None = None) -> Float[Tensor, "batch *gates"]:
         return (0.5 + 0.5 * self.pre_code(embeds, mask)).clamp(0, 1)
 
     @torch.no_grad()
@@ -113,9 +121,18 @@ class GateValues:
     def __init__(self) -> None:
         self.computed: dict[str, Tensor] = {}
         self.forced: dict[str, Tensor] = {}
+        self.starts: dict[str, Tensor] = {}
+        """Of parts merged into one: ids from which the second and further gates are an atom's."""
+
+    def of_atoms(self, adapter: str, atom_ids: Tensor) -> Tensor:
+        """What `read` gives; where parts have gates of their own, each atom's, (B, atoms)."""
+        gate = self.read(adapter)
+        if gate.ndim < 2:
+            return gate
+        return gate[:, torch.bucketize(atom_ids, self.starts[adapter].to(atom_ids.device), right=True)]
 
     def read(self, adapter: str) -> Tensor:
-        """(B,) or () for the adapter."""
+        """(B,) or () for the adapter; (B, gates) of one that was merged from several."""
         for values in (self.computed, self.forced):
             if adapter in values:
                 return values[adapter]
@@ -214,7 +231,9 @@ def install(model: nn.Module, adapter: str, config: AtomConfig, layers: list[Ato
         setattr(model, ATTRIBUTE, gates)
     if gates.handle is None:
         gates.handle = model.register_forward_pre_hook(_hook, with_kwargs=True)
-    gate = PromptGate(config.gate_dim)
+    gate = PromptGate(config.gate_dim, None if config.gate_starts is None else len(config.gate_starts))
+    if config.gate_starts is not None:
+        gates.values.starts[adapter] = torch.tensor(config.gate_starts[1:], dtype=torch.long)
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     gates.gates[adapter] = gate.to(device)
     gates.inputs[adapter] = inputs
@@ -328,7 +347,7 @@ def _each_branch(values: Tensor, rows: int) -> Tensor:
     """One value a picture (B,), for a forward of k B rows: (k B,)."""
     if values.ndim == 0 or len(values) == 1 or rows % len(values):
         return values
-    return values.repeat(rows // len(values))
+    return values.repeat(rows // len(values), *[1] * (values.ndim - 1))
 
 
 def _argument(model: nn.Module, name: str, field: str) -> _Argument:

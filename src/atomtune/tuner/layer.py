@@ -181,7 +181,7 @@ class AtomLinear(nn.Module, AtomLayer):
             codes = codes.masked_fill(codes.abs() <= self.floors[adapter], 0)
         factor = self.atom_strength[adapter] * self.scaling[adapter]
         if adapter in self.gates:
-            gate = self.gates[adapter].read(adapter)
+            gate = self.gates[adapter].of_atoms(adapter, dictionary.atom_ids)
             if rows is not None and gate.ndim and len(gate) > 1:
                 gate = gate[rows]
             factor = factor * _per_sample(gate, codes)
@@ -203,7 +203,7 @@ class AtomLinear(nn.Module, AtomLayer):
 
 
 def _per_sample(gate: Tensor, codes: Tensor) -> Tensor:
-    """Shape a gate (B,) for codes (B, ..., n); a sample folded into several rows must lie in a row (b f)."""
+    """Shape a gate (B,) or (B, n) for codes (B, ..., n); a sample folded into several rows must lie in a row (b f)."""
     if gate.ndim == 0 or len(gate) == 1:
         return gate
     batch, lead = len(gate), codes.shape[0]
@@ -214,5 +214,5 @@ def _per_sample(gate: Tensor, codes: Tensor) -> Tensor:
                 f"A prompt gate of {batch} samples can't be matched to a layer input of leading size {lead}. "
                 "Exclude this layer with `exclude_modules`."
             )
-        gate = gate.repeat_interleave(lead // batch)
-    return gate.view(-1, *[1] * (codes.ndim - 1))
+        gate = gate.repeat_interleave(lead // batch, 0)
+    return gate.view(len(gate), *[1] * (codes.ndim - gate.ndim), *gate.shape[1:])

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from atomtune.errors import UserError
 
 from .config import AtomConfig, close_names
-from .model import adapter_config, atom_layers, attach
+from .gate import PromptGate, prompt_gate
+from .model import adapter_config, atom_layers, attach, unwrap
 from .store import PARTIAL
 
 MIXTURE = "mixture.json"
@@ -69,8 +70,8 @@ def check_parts(folders: Mapping[str, str | Path], weights: Mapping[str, float])
 def merge_parts(model: Any, weights: Mapping[str, float], adapter: str = "merged") -> dict[str, int]:
     """Attach one adapter with the outputs, to rounding, of several attached ones; it becomes the active one.
 
-    Dictionaries lie side by side, weights are put into the atoms. Returns what was added to the ids of each.
-    Raises UserError where one adapter can't hold them: atoms that compete, other settings, prompt gates.
+    Dictionaries lie side by side, weights are put into the atoms; each atom keeps the gate of its part. Returns what
+    was added to the ids of each. Raises UserError where one adapter can't hold them: competing atoms, other settings.
     """
     configs = {part: adapter_config(model, part) for part in weights}
     config = _mergeable(configs)
@@ -83,7 +84,11 @@ def merge_parts(model: Any, weights: Mapping[str, float], adapter: str = "merged
     config.n_atoms, config.size_pattern, config.sites = max(sizes.values()), sizes, sites
     config.target_modules = [site for site in sites if sizes[site]]
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    gates = _gates(model, configs, offsets, config)
     attach(model, config, adapter)
+    if (merged := prompt_gate(unwrap(model), adapter)) is not None:
+        merged.weight.copy_(torch.stack([weight for weight, _ in gates]))
+        merged.bias.copy_(torch.stack([bias for _, bias in gates]))
     for site, layer in atom_layers(model, adapter).items():
         states = []
         for part in (part for part in weights if site in layers[part]):
@@ -94,14 +99,33 @@ def merge_parts(model: Any, weights: Mapping[str, float], adapter: str = "merged
     return offsets
 
 
+def _gates(
+    model: Any, configs: Mapping[str, AtomConfig], offsets: Mapping[str, int], config: AtomConfig
+) -> list[tuple[Tensor, Tensor]]:
+    """Weight and bias of each part's gate, always open where it has none; tells the merged config of them."""
+    gated = next((c for c in configs.values() if c.gate_input), None)
+    if gated is None:
+        return []
+    config.gate_input, config.gate_mask, config.gate_dim = gated.gate_input, gated.gate_mask, gated.gate_dim
+    found: list[tuple[Tensor, Tensor]] = []
+    starts: list[int] = []
+    for part, own in configs.items():
+        gate = prompt_gate(unwrap(model), part) or PromptGate(gated.gate_dim or 1)
+        found += zip(gate.weight.reshape(-1, gate.weight.shape[-1]), gate.bias.reshape(-1), strict=True)
+        starts += [offsets[part] + start for start in own.gate_starts or [0]]
+    config.gate_starts = starts
+    return found
+
+
 def _mergeable(configs: Mapping[str, AtomConfig]) -> AtomConfig:
     """A copy of the first config, if the others agree with it."""
     first, *others = configs.values()
+    gated = [config for config in configs.values() if config.gate_input]
     reasons = {
         f"their `{field}` differs": any(getattr(first, field) != getattr(other, field) for other in others)
         for field in ("sparsifier", "encoder", "normalize", "encoder_bias", "threshold")
     } | {
-        "a prompt gate is for its own part alone": any(config.gate_input for config in configs.values()),
+        "their prompt gates read other things": len({(c.gate_input, c.gate_mask, c.gate_dim) for c in gated}) > 1,
         f"atoms of {first.sparsifier} compete": first.sparsifier not in MERGEABLE or first.encoder == "ista",
     }
     for reason, holds in reasons.items():

@@ -1,0 +1,1 @@
+"""Editing one picture: tuning on it, and a sweep of what takes part."""
