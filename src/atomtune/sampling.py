@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from atomtune.backbones import backbone_of, denoiser
+from atomtune.backbones import backbone_of, call_arguments, denoiser
 from atomtune.errors import UserError
 from atomtune.tuner import hold_gate
 
@@ -32,7 +32,7 @@ def generate(
     """
     if not prompts:
         raise UserError("`prompts` must name at least one picture, got none.")
-    arguments = backbone_of(pipe).call(pipe, list(prompts)) | call
+    arguments = call_arguments(pipe, prompts, call)
     if steps is not None:
         arguments["num_inference_steps"] = steps
     if guidance is not None:

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from atomtune.atoms import Atom, count, dialled
-from atomtune.backbones import backbone_of, denoiser
+from atomtune.backbones import backbone_of, call_arguments, denoiser
 from atomtune.errors import UserError
 from atomtune.tuner import atom_layers, hold_gate
 
@@ -61,7 +61,7 @@ def paint(
     for start in range(0, len(rows), batch_size):
         prompts, seeds, dials = (list(column) for column in zip(*rows[start : start + batch_size], strict=True))
         noises = [torch.Generator().manual_seed(seed) for seed in seeds]
-        arguments = backbone.call(pipe, prompts) | {"output_type": "np"} | call
+        arguments = {"output_type": "np"} | call_arguments(pipe, prompts, call)
         gates = hold_gate(denoiser(pipe), partial(backbone.encode_prompts, pipe, prompts))
         with gates, row_strengths(pipe, dials, adapter):
             painted.append(pipe(prompt=prompts, generator=noises, **arguments).images)

@@ -24,7 +24,7 @@ class Batch:
     x: Tensor
     """Latents at time s."""
     s: Float[Tensor, " batch"]
-    velocity: Tensor
+    target: Tensor
     """What the model should predict of `x`."""
     conditioning: Conditioning
 
@@ -53,10 +53,10 @@ def draw(
         picks = torch.randint(len(material.unrelated_latents), (options.unrelated_rows,), generator=generator)
         latents = torch.cat([latents, material.unrelated_latents[picks]])
         conditioning = join(conditioning, select(material.unrelated_conditioning, picks))
-    s = objective.DENSITIES[backbone.density](len(latents), generator).to(latents.device)
+    s = objective.times(backbone, len(latents), generator).to(latents.device)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
-    x, velocity = objective.noised(latents, s, noise)
-    return Batch(rows, x, s, velocity, conditioning)
+    x, target = backbone.noised(latents, s, noise)
+    return Batch(rows, x, s, target, conditioning)
 
 
 def generator_of(options: TrainOptions, micro: int) -> torch.Generator:

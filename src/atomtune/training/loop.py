@@ -403,22 +403,23 @@ class Run:
         generator = generator_of(o, micro)
         batch = draw(m, backbone, o, micro, generator)
         concept, others = batch.concept, batch.others
-        tokens = math.prod(backbone.grid(self.base, batch.x))
+        grid = backbone.grid(self.base, batch.x)
         with self._autocast(), record(self.base, NAME) as recording:
             predicted = backbone.predict(self.base, batch.x, batch.s, batch.conditioning)
-        losses = {"task": objective.flow_matching(predicted[concept], batch.velocity[concept])}
+        losses = {"task": objective.error(predicted[concept], batch.target[concept])}
         if o.unrelated_rows and o.silence:
-            quiet = objective.silence(recording, backbone, batch.conditioning, tokens, others, o.margin)
+            quiet = objective.silence(recording, backbone, batch.conditioning, grid, others, o.margin)
             losses["silence"] = o.silence * quiet
         if o.inner:
-            around = objective.around(recording, backbone, batch.conditioning, 1 - m.masks[batch.rows], o.margin)
+            beside = 1 - m.masks[batch.rows]
+            around = objective.around(recording, backbone, batch.conditioning, beside, grid, o.margin)
             losses["inner"] = o.inner * around
         if o.unrelated_rows and o.prior:
-            losses["prior"] = o.prior * objective.flow_matching(predicted[others], batch.velocity[others])
+            losses["prior"] = o.prior * objective.error(predicted[others], batch.target[others])
         if o.unrelated_rows and o.distill:
             with self._autocast():
                 plain = self._base_prediction(batch.x[others], batch.s[others], batch.conditioning_of(others))
-            losses["distill"] = o.distill * objective.flow_matching(predicted[others], plain)
+            losses["distill"] = o.distill * objective.error(predicted[others], plain)
         if o.sparsity:
             layers = atom_layers(self.base, NAME)
             atoms = {site: layer.dictionary(NAME).atoms for site, layer in layers.items()}
