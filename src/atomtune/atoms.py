@@ -156,7 +156,7 @@ def _collect(
         total = torch.stack([difference for _, _, difference in passes]).mean(0)
         masks = (total > 0.5 * total.quantile(0.98, dim=1, keepdim=True)).float()
     for site, seen in collected.items():
-        for s, codes, _ in passes:
+        for _, codes, _ in passes:
             codes[site], layout = placed(backbone, site, codes[site], conditioning, (rows, columns))
         subject = layout.resample(masks, (rows, columns)).to(layout.image.device) if layout.image.any() else masks
         for i in range(len(latents)):

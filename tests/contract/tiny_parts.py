@@ -1,4 +1,4 @@
-"""What tiny pipelines are made of: tokenizers, text encoders and autoencoders of the real classes, with random weights."""
+"""What tiny pipelines are made of: tokenizers, text encoders and autoencoders of the real classes."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from atomtune.backbones import base
 from atomtune.backbones.base import Backbone, Conditioning, Grid, Heard, Layout
 from atomtune.backbones.noising import scheduled, step
 from atomtune.backbones.reading import Reading
+from atomtune.errors import UserError
 
 FACTOR = 8
 """Pixels of a latent."""
@@ -56,8 +57,11 @@ def grid(model: nn.Module, latents: Tensor) -> Grid:
 
 def layout(site: str, conditioning: Conditioning, grid: Grid, levels: int = 4) -> Layout:
     """Each block down halves the picture, rounding up; those up mirror them."""
-    kind, _, number = re.match(r"(down|mid|up)_block(s\.(\d+))?", site).groups()  # type: ignore[union-attr]
-    level = {"down": int(number or 0), "mid": levels - 1, "up": levels - 1 - int(number or 0)}[kind]
+    found = re.match(r"(down|mid|up)_block(?:s\.(\d+))?\.", site)
+    if found is None:
+        raise UserError(f"`sites`: {site} reads no tokens of the picture or the prompt. Leave it out.")
+    kind, number = found[1], int(found[2] or 0)
+    level = {"down": number, "mid": levels - 1, "up": levels - 1 - number}[kind]
     rows, columns = (-(-n // 2**level) for n in grid)
     return base.cross_attention(site, base.attended(conditioning["encoder_hidden_states"]), (rows, columns))
 
