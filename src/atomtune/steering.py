@@ -172,24 +172,28 @@ def _listening(pipe: Any, backbone: Backbone, words: set[str]) -> Iterator[Calla
     """
     encode, around = pipe.encode_prompt, vars(pipe).get("encode_prompt")
     # A family may encode its prompts by parts, of different widths: which are looked up by is the gate's input.
-    spoken: dict[str, dict[int, list[tuple[Tensor, Tensor]]]] = {}
+    spoken: dict[str, dict[int, list[tuple[Tensor, list[int]]]]] = {}
 
     def listen(*args: Any, **kwargs: Any) -> Any:
-        embeds, *others = encode(*args, **kwargs)
         given = kwargs.get("prompt", args[0] if args else None) or []
-        prompts = [given] if isinstance(given, str) else given
-        for said in words:
-            at = [word_tokens(backbone.readings(pipe, prompt), said) for prompt in prompts]
-            rows = [(one, at[row * len(at) // len(embeds)]) for row, one in enumerate(embeds) if at]
-            if rows:
-                spoken.setdefault(said, {})[rows[0][0].shape[-1]] = rows
+        prompts = [given] if isinstance(given, str) else list(given)  # Z-Image's pipeline overwrites it
+        embeds, *others = encode(*args, **kwargs)
+        for said in words if prompts else ():
+            try:
+                at = [word_tokens(backbone.readings(pipe, prompt), said) for prompt in prompts]
+            except UserError:
+                if said in spoken:  # some families encode negative prompts by themselves, after the prompts
+                    continue
+                raise
+            rows = [(one, at[row * len(at) // len(embeds)]) for row, one in enumerate(embeds)]
+            spoken.setdefault(said, {})[embeds[0].shape[-1]] = rows
         return embeds, *others
 
     def spelled(said: str, embeds: Embeds) -> Tensor:
         known = spoken.get(said, {}).get(embeds[0].shape[-1])
         if not known:
             raise UserError("`words` needs the prompt's text: let the pipeline encode it where the steer is on.")
-        found = embeds[0].new_zeros(len(embeds), 1 + max(max(at) for _, at in known))
+        found = embeds[0].new_zeros(len(embeds), 1 + max((k for _, at in known for k in at), default=0))
         for row, one in enumerate(embeds):
             for prompt, at in known:
                 if torch.equal(one, prompt):

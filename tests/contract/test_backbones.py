@@ -1,10 +1,12 @@
 """What every model family owes: one table, and the same promises kept by each row."""
 
+import copy
 import json
 import math
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -274,10 +276,12 @@ def test_image_positions_are_those_that_see_the_picture(
 def test_words_are_the_tokens_that_the_text_encoders_read(pipe: Any, family: Family, backbone: Backbone) -> None:
     prompt = "the Kite, kites and a red  kite"
     read: dict[str, list[int]] = {}
+
+    def listen(name: str, _: Any, args: Any, given: dict[str, Any]) -> None:
+        read[name] = (args[0] if args else given["input_ids"])[0].tolist()
+
     handles = [
-        getattr(pipe, name)
-        .get_input_embeddings()
-        .register_forward_pre_hook(lambda _, ids, name=name: read.setdefault(name, ids[0][0].tolist()) and None)
+        getattr(pipe, name).register_forward_pre_hook(partial(listen, name), with_kwargs=True)
         for name in family.readers
     ]
     backbone.encode_prompts(pipe, [prompt])
@@ -332,6 +336,27 @@ def test_a_batch_is_its_samples(pipe: Any, backbone: Backbone) -> None:
 
 
 @torch.no_grad()
+def test_a_base_in_half_precision_predicts_the_same(pipe: Any, backbone: Backbone) -> None:
+    latents, conditioning = some_latents(pipe), backbone.encode_prompts(pipe, list(CAPTIONS[:2]))
+    s = torch.tensor([0.3, 0.7])
+    x, _ = backbone.noised(latents, s, some_latents(pipe, seed=1))
+    whole = backbone.predict(denoiser(pipe), x, s, conditioning)
+    half = copy.deepcopy(denoiser(pipe)).bfloat16()
+    told = {name: cast(value) for name, value in conditioning.items()}
+    noised, target = backbone.noised(cast(latents), s, cast(some_latents(pipe, seed=1)))
+    found = backbone.predict(half, noised, s, told)
+    assert noised.dtype == target.dtype == found.dtype == torch.bfloat16
+    assert (found - whole).abs().mean() < 0.1 * whole.abs().mean()
+
+
+def cast(value: Any) -> Any:
+    """Floats in half precision."""
+    if isinstance(value, list):
+        return [cast(one) for one in value]
+    return value.bfloat16() if value.is_floating_point() else value
+
+
+@torch.no_grad()
 def test_prompts_of_any_lengths_join(pipe: Any, backbone: Backbone) -> None:
     latents = some_latents(pipe)
     joined = join(backbone.encode_prompts(pipe, ["a kite"]), backbone.encode_prompts(pipe, [LONG]))
@@ -372,6 +397,21 @@ def test_sites_that_read_no_tokens_are_measured(name: str, pipes: dict[str, Any]
     for site in without:
         assert statistics[site]["density"].any()
         assert statistics[site]["purity"].isnan().all()
+
+
+def test_a_negative_prompt_longer_than_the_prompts_is_whole(pipes: dict[str, Any]) -> None:
+    """Lumina2 gets a text length just long enough."""
+    pipe, call = pipes["lumina2"], {"guidance_scale": 3.0, "negative_prompt": [LONG], "num_inference_steps": STEPS}
+    whole = pipe(prompt=["a kite"], generator=torch.Generator().manual_seed(0), output_type="np", **call).images[0]
+    ours = atomtune.generate(pipe, ["a kite"], output_type="np", **call)[0]
+    assert np.allclose(ours, whole, atol=1e-5)
+    cut = atomtune.generate(pipe, ["a kite"], output_type="np", max_sequence_length=32, **call)[0]
+    assert np.abs(cut - whole).max() > 1e-4
+
+
+def test_checkpointing_is_refused_where_there_is_none(pipes: dict[str, Any], kites: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="must be off for HunyuanDiT"):
+        atomtune.train(pipes["hunyuan_dit"], kites, tmp_path / "run", replace(OPTIONS, gradient_checkpointing=True))
 
 
 # ----------------------------------------------------------------------------------------- training and after

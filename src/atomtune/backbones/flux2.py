@@ -12,7 +12,7 @@ from atomtune.backbones import base
 from atomtune.backbones.base import Backbone, Conditioning, Grid, Layout
 from atomtune.backbones.flux import heard
 from atomtune.backbones.noising import shifted
-from atomtune.backbones.reading import Reading, in_chat
+from atomtune.backbones.reading import Reading, around
 
 GUIDANCE = 4.0
 """Of a model that is told it: what its pipeline paints with."""
@@ -68,7 +68,7 @@ def readings(pipe: Any, prompt: str) -> list[Reading]:
         return pipe.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
 
     tokenizer = getattr(pipe.tokenizer, "tokenizer", pipe.tokenizer)
-    return [Reading(tokenizer, length=LENGTH, padded=True, special=False, **in_chat(render, prompt))]
+    return [Reading(tokenizer, prompt, LENGTH, padded=True, special=False)._replace(**around(render))]
 
 
 def klein_readings(pipe: Any, prompt: str) -> list[Reading]:
@@ -78,7 +78,7 @@ def klein_readings(pipe: Any, prompt: str) -> list[Reading]:
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
 
-    return [Reading(pipe.tokenizer, length=LENGTH, padded=True, **in_chat(render, prompt))]
+    return [Reading(pipe.tokenizer, prompt, LENGTH, padded=True)._replace(**around(render))]
 
 
 def settings(pipe: Any) -> dict[str, Any]:

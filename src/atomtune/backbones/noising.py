@@ -22,7 +22,7 @@ STEPS = 1000
 def flow(latents: Tensor, s: Time, noise: Tensor) -> tuple[Tensor, Tensor]:
     """(x_s, v): x_s = (1 - s) x0 + s noise, and the velocity v = noise - x0."""
     weight = s if isinstance(s, float) else s.view(-1, *[1] * (latents.ndim - 1))
-    return (1 - weight) * latents + weight * noise, noise - latents
+    return ((1 - weight) * latents + weight * noise).to(latents.dtype), noise - latents
 
 
 def shifted(pipe: Any) -> dict[str, Any]:

@@ -49,10 +49,10 @@ class Reading(NamedTuple):
         return tokens
 
 
-def in_chat(render: Callable[[str], str], prompt: str) -> dict[str, str]:
-    """`before`, `prompt` and `after` of a template that a tokenizer renders."""
+def around(render: Callable[[str], str]) -> dict[str, str]:
+    """`before` and `after` of a chat template that a tokenizer renders around a prompt."""
     before, _, after = render("\ue000").partition("\ue000")
-    return {"before": before, "prompt": prompt, "after": after}
+    return {"before": before, "after": after}
 
 
 def token_texts(readings: list[Reading]) -> list[str]:

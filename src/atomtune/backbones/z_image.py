@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from atomtune.backbones import base
 from atomtune.backbones.base import Backbone, Conditioning, Grid, Heard, Layout
 from atomtune.backbones.noising import shifted
-from atomtune.backbones.reading import Reading, in_chat
+from atomtune.backbones.reading import Reading, around
 
 UNIT = 32
 """Tokens of each kind are filled up to a multiple of this, and what fills them up is attended."""
@@ -62,7 +62,7 @@ def readings(pipe: Any, prompt: str) -> list[Reading]:
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=True
         )
 
-    return [Reading(pipe.tokenizer, length=512, **in_chat(render, prompt))]
+    return [Reading(pipe.tokenizer, prompt, 512)._replace(**around(render))]
 
 
 BACKBONE = Backbone(

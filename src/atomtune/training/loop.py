@@ -74,6 +74,8 @@ def train(
     options = _stored(run, options) if resume else _checked(run, options)
     processes.wait_for_everyone()
     base = denoiser(pipe)
+    if options.gradient_checkpointing and not getattr(base, "_supports_gradient_checkpointing", True):
+        raise UserError(f"`gradient_checkpointing` must be off for {backbone.family}, which has none.")
     # First, because it names unknown sites and wrong sizes, and what follows may take minutes.
     attach_atoms(pipe, backbone, options)
     try:
