@@ -91,11 +91,14 @@ class Backbone:
     """(pipe, prompts, negative ones too) -> further arguments of the pipeline's call."""
 
 
+def denoiser_name(pipe: Any) -> str:
+    """`transformer` or `unet`: the part of a pipeline that is adapted."""
+    return "unet" if getattr(pipe, "transformer", None) is None else "transformer"
+
+
 def denoiser(pipe: Any) -> nn.Module:
     """The network of a pipeline that is adapted."""
-    model = getattr(pipe, "transformer", None)
-    if model is None:  # not `or`: a compiled model has no truth
-        model = pipe.unet
+    model = getattr(pipe, denoiser_name(pipe))
     assert isinstance(model, nn.Module)
     return model
 

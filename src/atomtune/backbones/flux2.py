@@ -35,14 +35,14 @@ def encode_pictures(pipe: Any, pixels: Tensor) -> Tensor:
 
 
 def predict(model: nn.Module, latents: Tensor, s: Tensor, conditioning: Conditioning) -> Tensor:
-    embeds = conditioning["encoder_hidden_states"]
+    (rows, columns), length = latents.shape[-2:], conditioning["encoder_hidden_states"].shape[1]
     packed = model(
         hidden_states=latents.flatten(2).transpose(1, 2),
         timestep=s,
         # Left out, a model that wants it is silently wrong.
         guidance=torch.full_like(s, GUIDANCE) if model.config.guidance_embeds else None,  # type: ignore[union-attr]
-        txt_ids=_ids(latents, 1, 1, embeds.shape[1]),
-        img_ids=_ids(latents, *latents.shape[-2:], 1),
+        txt_ids=_ids(latents, 1, 1, length),
+        img_ids=_ids(latents, rows, columns, 1),
         return_dict=False,
         **conditioning,
     )[0]
@@ -68,7 +68,8 @@ def readings(pipe: Any, prompt: str) -> list[Reading]:
         return pipe.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
 
     tokenizer = getattr(pipe.tokenizer, "tokenizer", pipe.tokenizer)
-    return [Reading(tokenizer, prompt, LENGTH, padded=True, special=False)._replace(**around(render))]
+    before, after = around(render)
+    return [Reading(tokenizer, prompt, LENGTH, padded=True, before=before, after=after, special=False)]
 
 
 def klein_readings(pipe: Any, prompt: str) -> list[Reading]:
@@ -78,7 +79,8 @@ def klein_readings(pipe: Any, prompt: str) -> list[Reading]:
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
         )
 
-    return [Reading(pipe.tokenizer, prompt, LENGTH, padded=True)._replace(**around(render))]
+    before, after = around(render)
+    return [Reading(pipe.tokenizer, prompt, LENGTH, padded=True, before=before, after=after)]
 
 
 def settings(pipe: Any) -> dict[str, Any]:

@@ -49,10 +49,10 @@ class Reading(NamedTuple):
         return tokens
 
 
-def around(render: Callable[[str], str]) -> dict[str, str]:
-    """`before` and `after` of a chat template that a tokenizer renders around a prompt."""
+def around(render: Callable[[str], str]) -> tuple[str, str]:
+    """What a chat template puts before and after a prompt."""
     before, _, after = render("\ue000").partition("\ue000")
-    return {"before": before, "after": after}
+    return before, after
 
 
 def token_texts(readings: list[Reading]) -> list[str]:

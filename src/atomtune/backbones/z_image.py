@@ -62,7 +62,8 @@ def readings(pipe: Any, prompt: str) -> list[Reading]:
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=True
         )
 
-    return [Reading(pipe.tokenizer, prompt, 512)._replace(**around(render))]
+    before, after = around(render)
+    return [Reading(pipe.tokenizer, prompt, 512, before=before, after=after)]
 
 
 BACKBONE = Backbone(
