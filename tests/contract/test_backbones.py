@@ -274,7 +274,7 @@ def test_image_positions_are_those_that_see_the_picture(
 
 
 def test_words_are_the_tokens_that_the_text_encoders_read(pipe: Any, family: Family, backbone: Backbone) -> None:
-    prompt = "the Kite, kites and a red  kite"
+    prompt = "the kite, kites and a red  kite"
     read: dict[str, list[int]] = {}
 
     def listen(name: str, _: Any, args: Any, given: dict[str, Any]) -> None:
@@ -301,7 +301,7 @@ def test_words_are_the_tokens_that_the_text_encoders_read(pipe: Any, family: Fam
     for words, spelled in (("kite", "kitekite"), ("RED kite", "redkite")):
         found = "".join(texts[at] for at in word_tokens(readings, words)).lower()
         assert "".join(filter(str.isalpha, found)) == spelled * len(family.readers)
-    with pytest.raises(UserError, match=r"got 'kit' for 'the Kite.*|got 'kit' for 'the kite.*"):
+    with pytest.raises(UserError, match=r"got .kit. for .the kite"):
         word_tokens(readings, "kit")
 
 

@@ -118,8 +118,8 @@ def added(layers: Mapping[str, nn.Module], parts: Factors) -> Iterator[None]:
 def save_lora(parts: Factors, rank: int, folder: Path, base: str | None, part: str) -> None:
     """Write a LoRA twice: for diffusers' `load_lora_weights(folder)` and for PEFT's `from_pretrained`.
 
-    `part` of the pipeline, `transformer` or `unet`, is what it is for. Every site gets `rank` rows, of zeros where it has
-    fewer: loaders then agree on the scale, which is 1.
+    It is for `part` of the pipeline, `transformer` or `unet`. Every site gets `rank` rows, of zeros where it has fewer:
+    loaders then agree on the scale, which is 1.
     """
     tensors: dict[str, Tensor] = {}
     for site, pair in parts.items():
