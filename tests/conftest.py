@@ -30,6 +30,8 @@ UNRELATED = (
 def pytest_configure(config: pytest.Config) -> None:
     # Raised by dynamo itself on any autograd.Function, and swallowed there unless warnings are errors.
     config.addinivalue_line("filterwarnings", "ignore:.*should not be instantiated:DeprecationWarning")
+    # torch's own, when diffusers' DPM-Solver hands its tensors to NumPy 2.
+    config.addinivalue_line("filterwarnings", "ignore:__array__ implementation:DeprecationWarning")
 
 
 @pytest.fixture

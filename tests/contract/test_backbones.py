@@ -177,7 +177,7 @@ def test_predict_is_what_the_pipeline_hands_to_its_scheduler(
     monkeypatch.setattr(scheduler, "step", spy)
     prompts = list(CAPTIONS[:2])
     call = {"num_inference_steps": 3, "output_type": "latent", **SIZE, **family.plain}
-    pipe(prompt=prompts, **call, **backbone.call(pipe, prompts))
+    pipe(prompt=list(prompts), **call, **backbone.call(pipe, prompts))
     conditioning = backbone.encode_prompts(pipe, prompts)
     assert len(seen) >= 3
     for output, t, sample in seen[:2]:

@@ -159,7 +159,7 @@ def attach_atoms(pipe: Any, backbone: Backbone, options: TrainOptions, adapter: 
         "target_modules": list(options.sites or backbone.sites),
         "gate_input": backbone.gate_input if options.gated else None,
         "gate_mask": backbone.gate_mask if options.gated else None,
-        "gate_dim": embeds.shape[-1] if options.gated else None,
+        "gate_dim": embeds[0].shape[-1] if options.gated else None,
         "base_model_name_or_path": base_name(pipe),
     }
     torch.manual_seed(options.seed)
