@@ -256,7 +256,7 @@ def test_image_positions_are_those_that_see_the_picture(
     (rows, columns), conditioning = backbone.grid(model, latents), backbone.encode_prompts(pipe, prompts)
     one_token = latents.clone()
     high, wide = latents.shape[-2] // rows, latents.shape[-1] // columns
-    one_token[:, :, high : 2 * high, 2 * wide : 3 * wide] += 3
+    one_token[:, :, high : 2 * high, 2 * wide : 3 * wide] += 0.1
     pre_codes = []
     for x in (latents, some_latents(pipe, seed=1), one_token):
         with record(model) as recording:
@@ -270,8 +270,12 @@ def test_image_positions_are_those_that_see_the_picture(
         layout = backbone.layout(site, conditioning, (rows, columns))
         assert torch.equal((first[site] != other[site]).any(-1) & layout.real, layout.image), site
         if layout.image.any() and site.startswith(family.first[0]) and "attn2" not in site:
-            change = (first[site] - near[site]).abs().sum(-1)[layout.image].view(2, -1)
-            assert change.argmax(1).tolist() == [columns + 2] * 2, site
+            change = (first[site] - near[site]).abs().sum(-1)[layout.image].view(2, rows, columns)
+            if hasattr(pipe, "unet"):  # whose convolutions spread it
+                near_by = change[:, : rows // 2, : columns // 2].mean((1, 2))
+                assert (near_by > 1.5 * change.mean((1, 2))).all(), site
+            else:
+                assert change.flatten(1).argmax(1).tolist() == [columns + 2] * 2, site
             pictured += 1
     assert pictured
 
@@ -404,12 +408,12 @@ def test_sites_that_read_no_tokens_are_measured(name: str, pipes: dict[str, Any]
 
 def test_a_negative_prompt_longer_than_the_prompts_is_whole(pipes: dict[str, Any]) -> None:
     """Lumina2 gets a text length just long enough."""
-    pipe, call = pipes["lumina2"], {"guidance_scale": 3.0, "negative_prompt": [LONG], "num_inference_steps": STEPS}
-    whole = pipe(prompt=["a kite"], generator=torch.Generator().manual_seed(0), output_type="np", **call).images[0]
-    ours = atomtune.generate(pipe, ["a kite"], output_type="np", **call)[0]
-    assert np.allclose(ours, whole, atol=1e-5)
-    cut = atomtune.generate(pipe, ["a kite"], output_type="np", max_sequence_length=32, **call)[0]
-    assert np.abs(cut - whole).max() > 1e-4
+    pipe = pipes["lumina2"]
+    call = {"guidance_scale": 20.0, "negative_prompt": [LONG], "num_inference_steps": STEPS, "output_type": "latent"}
+    (whole,) = pipe(prompt=["a kite"], generator=torch.Generator().manual_seed(0), **call).images
+    (ours,) = atomtune.generate(pipe, ["a kite"], **call)
+    (cut,) = atomtune.generate(pipe, ["a kite"], max_sequence_length=32, **call)
+    assert (ours - whole).abs().max() < 1e-4 < 1e-2 < (cut - whole).abs().max()
 
 
 def test_checkpointing_is_refused_where_there_is_none(pipes: dict[str, Any], kites: Path, tmp_path: Path) -> None:
