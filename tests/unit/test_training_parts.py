@@ -133,6 +133,7 @@ def test_the_target_of_a_scheduler_leads_back_to_the_picture(kind: str) -> None:
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler(prediction_type=kind, clip_sample=False)
+    scheduler.set_timesteps(1000)
     noised = scheduled(SimpleNamespace(scheduler=scheduler))["noised"]
     latents, noise = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
     x, target = noised(latents, torch.tensor([0.1, 0.5, 0.9]), noise)
