@@ -1,11 +1,13 @@
 """python scripts/write_docs.py [--check]: write what is said twice from what it is said of.
 
-docs/cli.md comes from the commands' own help; the tables between markers in README.md from benchmarks/results.
+docs/cli.md comes from the commands' own help; the tables between markers in README.md from benchmarks/results, and the
+one in docs/backbones.md from the backbones.
 With --check nothing is written, and the exit code is 1 where a file differs.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -14,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from atomtune.backbones import BACKBONES, unet
+from atomtune.backbones.noising import scheduled
 from atomtune.cli import COMMANDS
 from atomtune.compare.tables import markdown, summarise
 
@@ -120,15 +124,38 @@ def kept_table() -> str:
     return chosen("customization", points, ("similarity", "object_accuracy", "alignment", "inner_leak"))
 
 
-TABLES = {"scenes": scenes_table, "demo": demo_table, "customization": customization_table, "kept": kept_table}
+def backbones_table() -> str:
+    """A row a family; what is special is the first line of its file."""
+    lines = ["| family | pipeline | default sites | times | target | |", "|---|---|---|---|---|---|"]
+    for name, backbone in BACKBONES.items():
+        sites = " ".join(f"`{site}`" for site in backbone.sites)
+        free = backbone.settings in (scheduled, unet.settings)
+        times = backbone.density.replace("_", "-") + (", shifted" if not free and backbone.density == "uniform" else "")
+        target = "epsilon or v-prediction" if free else "velocity"
+        special = inspect.getdoc(sys.modules[backbone.layout.__module__]) or ""
+        special = special.partition(": ")[2].partition("\n")[0]
+        lines.append(f"| {backbone.family} | `{name}` | {sites} | {times} | {target} | {special} |")
+    return "\n".join(lines)
 
 
-def readme() -> str:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for name, table in TABLES.items():
+TABLES = {
+    "README.md": {
+        "scenes": scenes_table,
+        "demo": demo_table,
+        "customization": customization_table,
+        "kept": kept_table,
+    },
+    "docs/backbones.md": {"backbones": backbones_table},
+}
+
+
+def page(path: str) -> str:
+    """A page with its tables as they should be."""
+    text = (ROOT / path).read_text(encoding="utf-8")
+    for name, table in TABLES[path].items():
         pattern = re.compile(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
-            raise SystemExit(f"README.md has no place for the table {name!r}")
+            raise SystemExit(f"{path} has no place for the table {name!r}")
         content = table()
         text = pattern.sub(lambda m, content=content: f"{m[1]}{content}\n{m[2]}", text)  # type: ignore[misc]
     return text
@@ -136,7 +163,8 @@ def readme() -> str:
 
 def main() -> int:
     stale = []
-    for path, text in ((ROOT / "docs/cli.md", cli_page()), (ROOT / "README.md", readme())):
+    pages = {ROOT / path: page(path) for path in TABLES}
+    for path, text in ({ROOT / "docs/cli.md": cli_page()} | pages).items():
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             stale.append(str(path.relative_to(ROOT)))
             if "--check" not in sys.argv:

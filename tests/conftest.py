@@ -31,6 +31,8 @@ UNRELATED = (
 def pytest_configure(config: pytest.Config) -> None:
     # Raised by dynamo itself on any autograd.Function, and swallowed there unless warnings are errors.
     config.addinivalue_line("filterwarnings", "ignore:.*should not be instantiated:DeprecationWarning")
+    # torch's own, when diffusers' DPM-Solver hands its tensors to NumPy 2.
+    config.addinivalue_line("filterwarnings", "ignore:__array__ implementation:DeprecationWarning")
 
 
 @pytest.fixture
@@ -44,21 +46,26 @@ def shapes_unchecked() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of tiny random pipelines by family, each with its list of unrelated prompts."""
-    from pipelines import FAMILIES
+    from pipelines import FAMILIES, Made
 
-    root = tmp_path_factory.mktemp("bases")
-    for family in FAMILIES:
-        family.build().save_pretrained(root / family.name)
-        (root / family.name / "unrelated.txt").write_text("\n".join(UNRELATED) + "\n")
-    return {family.name: root / family.name for family in FAMILIES}
+    root, families = tmp_path_factory.mktemp("bases"), {family.name: family for family in FAMILIES}
+
+    def make(name: str) -> Path:
+        families[name].build().save_pretrained(root / name)
+        (root / name / "unrelated.txt").write_text("\n".join(UNRELATED) + "\n")
+        return root / name
+
+    return Made(make)
 
 
 @pytest.fixture(scope="module")
 def pipes(bases: dict[str, Path]) -> dict[str, Any]:
     """Those pipelines, opened."""
+    from pipelines import Made
+
     from atomtune.backbones import open_pipeline
 
-    return {name: open_pipeline(str(folder)) for name, folder in bases.items()}
+    return Made(lambda name: open_pipeline(str(bases[name])))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from atomtune.backbones import Backbone, Conditioning, select
+from atomtune.backbones import Backbone, Conditioning, placed, select
 from atomtune.effect import effects
 from atomtune.errors import UserError
 from atomtune.sparse import CodeStatistics
@@ -147,13 +147,14 @@ def reaches(
     base = unwrap(model)
     found = {site: torch.zeros(layer.r[adapter]) for site, layer in atom_layers(base, adapter).items()}
     generator = torch.Generator().manual_seed(seed)
-    tokens = math.prod(backbone.grid(base, latents))
+    grid = backbone.grid(base, latents)
     for rows in torch.arange(len(latents)).split(CHUNK):
         given = select(conditioning, rows)
         for time in (t for t in times for _ in range(repeats)):
             codes = noised_pass(base, backbone, latents[rows], given, time, generator, adapter)[-1]
             for site, values in codes.items():
-                highest = values[backbone.layout(site, given, tokens).real].abs().amax(0)
+                codes_at, layout = placed(backbone, site, values, given, grid)
+                highest = codes_at[layout.real].abs().amax(0)
                 found[site] = torch.maximum(found[site], highest.float().cpu())
     return {site: {"reach": values} for site, values in found.items()}
 
@@ -193,13 +194,15 @@ def _collect(
         total = torch.stack([difference for _, _, difference in passes]).mean(0)
         masks = (total > 0.5 * total.quantile(0.98, dim=1, keepdim=True)).float()
     for site, seen in collected.items():
-        layout = backbone.layout(site, conditioning, rows * columns)
+        for _, codes, _ in passes:
+            codes[site], layout = placed(backbone, site, codes[site], conditioning, (rows, columns))
+        subject = layout.resample(masks, (rows, columns)).to(layout.image.device) if layout.image.any() else masks
         for i in range(len(latents)):
             real, image = layout.real[i], layout.image[i]
             for s, codes, _ in passes:
                 seen.everywhere.update(codes[site][i : i + 1, real], time=s[i : i + 1])
                 if image.any():
-                    seen.picture.update(codes[site][i : i + 1, image], mask=masks[i : i + 1].to(image.device))
+                    seen.picture.update(codes[site][i : i + 1, image], mask=subject[i : i + 1])
     return masks
 
 
@@ -215,7 +218,7 @@ def noised_pass(
     """(x_s, s, prediction, codes by site) of pictures noised to one time in [0, 1], the adapter's gate open."""
     noise = torch.randn(latents.shape, generator=generator).to(latents)
     s = torch.full((len(latents),), time, device=latents.device)
-    x = (1 - time) * latents + time * noise
+    x, _ = backbone.noised(latents, time, noise)
     with record(base, adapter) as recording, open_gate(base, adapter):
         predicted = backbone.predict(base, x, s, conditioning)
     return x, s, predicted, {site: calls[-1] for site, calls in recording.codes.items()}
@@ -229,10 +232,8 @@ def _tensors(seen: Seen, layer: Any, adapter: str) -> dict[str, Tensor]:
 
 
 def per_token(values: Tensor, rows: int, columns: int) -> Float[Tensor, "batch tokens"]:
-    """Mean over channels and over the pixels of each token; latents are `(b, c, h, w)` or `(b, tokens, c)`."""
-    if values.ndim == 4:
-        return nn.functional.adaptive_avg_pool2d(values.mean(1, keepdim=True), (rows, columns)).flatten(1)
-    return values.mean(-1)
+    """Mean over channels and over the pixels of each token; latents are `(b, c, h, w)`."""
+    return nn.functional.adaptive_avg_pool2d(values.mean(1, keepdim=True), (rows, columns)).flatten(1)
 
 
 # --------------------------------------------------------------------------------------------------- rank

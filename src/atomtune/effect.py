@@ -47,7 +47,7 @@ def effects(
             clean, s = latents[row : row + 1], latents.new_full((1,), time, dtype=torch.float32)
             noise = torch.randn(clean.shape, generator=generator).to(clean)
             given = select(conditioning, torch.tensor([row]))
-            predicted = backbone.predict(base, (1 - time) * clean + time * noise, s, given).float()
+            predicted = backbone.predict(base, backbone.noised(clean, time, noise)[0], s, given).float()
             on = spread(masks[row : row + 1].to(predicted), predicted, grid)
             for name, region in (("effect", on), ("effect_beside", 1 - on)):
                 probe = torch.randn(predicted.shape, generator=generator).to(predicted) * region.sqrt()
@@ -80,7 +80,5 @@ def _trainable(atoms: dict[str, Any]) -> Iterator[None]:
 
 
 def spread(masks: Float[Tensor, "batch tokens"], values: Tensor, grid: tuple[int, int]) -> Tensor:
-    """A mask of picture tokens for latents `(b, c, h, w)` or `(b, tokens, c)`, with one channel."""
-    if values.ndim == 3:
-        return masks[..., None]
+    """A mask of picture tokens for latents `(b, c, h, w)`, with one channel."""
     return nn.functional.interpolate(masks.view(-1, 1, *grid), size=values.shape[-2:])

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from atomtune.adapter import Adapter
 from atomtune.atoms import measure, order_by_importance
-from atomtune.backbones import Backbone, backbone_of, base_name, denoiser
+from atomtune.backbones import Backbone, backbone_of, base_name, denoiser, denoiser_name
 from atomtune.data.picture import to_tensor
 from atomtune.data.prompts import split_held_out
 from atomtune.errors import UserError
@@ -88,7 +88,7 @@ def export_lora(
         atoms = layer.dictionary(adapter.name).atoms.detach().double()
         parts[site] = _exact(adapter, site, rank) or reduced_rank(concept[site] + weight * unrelated[site], atoms, rank)
         errors[site] = error_of(*parts[site], concept[site], atoms)
-    save_lora(parts, rank, Path(folder), base_name(pipe))
+    save_lora(parts, rank, Path(folder), base_name(pipe), denoiser_name(pipe))
     before = generate(pipe, asked, **call)
     with base_only(pipe):
         base = generate(pipe, asked, **call)

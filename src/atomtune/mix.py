@@ -20,7 +20,8 @@ from torch.nn.functional import normalize
 from atomtune import surgery, tuner
 from atomtune.adapter import Adapter, Steering, concept_of, load
 from atomtune.atoms import Atom, Statistics
-from atomtune.backbones import backbone_of, denoiser
+from atomtune.backbones import backbone_of, denoiser, placed
+from atomtune.data.picture import to_tensor
 from atomtune.errors import UserError
 from atomtune.files import write_whole
 from atomtune.sampling import generate
@@ -201,21 +202,20 @@ def _moments(
 ) -> dict[str, Float[Tensor, "1+n 1+n"]]:
     """By site: mean over positions of c c', with c = (1, codes of the first part's atoms, of the second's, ...)."""
     pipe, base, backbone = mixture.pipe, denoiser(mixture.pipe), backbone_of(mixture.pipe)
-    latents = torch.stack(generate(pipe, prompts, seed=seed, output_type="latent", **call))  # type: ignore[arg-type]
-    conditioning = backbone.encode_prompts(pipe, list(prompts))
+    painted = torch.stack([to_tensor(picture) for picture in generate(pipe, prompts, seed=seed, **call)])
+    latents = backbone.encode_pictures(pipe, painted.to(pipe.vae.device))
+    grid, conditioning = backbone.grid(base, latents), backbone.encode_prompts(pipe, list(prompts))
     generator = torch.Generator().manual_seed(seed)
     sums: dict[str, Tensor] = {}
     for time in TIMES:
-        x = (1 - time) * latents + time * torch.randn(latents.shape, generator=generator).to(latents)
+        x, _ = backbone.noised(latents, time, torch.randn(latents.shape, generator=generator).to(latents))
         with ExitStack() as stack:
             stack.enter_context(tuner.open_gate(base))
             seen = [stack.enter_context(tuner.record(base, name)).codes for name in mixture.parts]
             backbone.predict(base, x, torch.full((len(x),), time, device=x.device), conditioning)
         for path in dict.fromkeys(path for codes in seen for path in codes):
-            real = backbone.layout(path, conditioning, math.prod(backbone.grid(base, latents))).real
-            c = nn.functional.pad(
-                torch.cat([codes[path][-1][real] for codes in seen if path in codes], 1), (1, 0), value=1
-            )
+            parts = [placed(backbone, path, codes[path][-1], conditioning, grid) for codes in seen if path in codes]
+            c = nn.functional.pad(torch.cat([codes[layout.real] for codes, layout in parts], 1), (1, 0), value=1)
             sums[path] = sums.get(path, 0) + c.double().T @ c.double()
     return {path: (total / total[0, 0]).cpu() for path, total in sums.items()}
 

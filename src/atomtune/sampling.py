@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from atomtune.backbones import backbone_of, denoiser
+from atomtune.backbones import backbone_of, call_arguments, denoiser
 from atomtune.errors import UserError
 from atomtune.tuner import hold_gate
 
@@ -51,7 +51,7 @@ def batches(
         raise UserError("`prompts` must name at least one picture, got none.")
     if len(seeds) != len(prompts):
         raise UserError(f"`seed` must be one number, or one a prompt ({len(prompts)}), got {len(seeds)}.")
-    arguments = backbone_of(pipe).call(pipe, list(prompts)) | call
+    arguments = call_arguments(pipe, prompts, call)
     for start in range(0, len(prompts), batch_size):
         rows = slice(start, start + batch_size)
         noises = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from atomtune.atoms import Atom, at_site, find
-from atomtune.backbones import Backbone, backbone_of, denoiser
+from atomtune.backbones import Backbone, Embeds, Heard, backbone_of, denoiser, named, word_tokens
 from atomtune.data.picture import mask_shares
 from atomtune.errors import UserError
 from atomtune.tuner import atom_layers, unwrap
@@ -82,8 +82,8 @@ def steered(pipe: Any, steers: Sequence[Steer], ranked: Sequence[Atom], adapter:
     inner = {path for path in plan if adapter in layers[path].steering}
 
     def before_forward(_: nn.Module, args: Any, given: dict[str, Any]) -> None:
-        grid = backbone.grid(unwrap(model), given["hidden_states"])
-        factors = [_factor(steer, given, backbone, grid, spelled) for steer in steers]
+        heard = backbone.heard(unwrap(model), named(unwrap(model), args, given))
+        factors = [_factor(steer, heard, backbone, spelled) for steer in steers]
         for path, parts in plan.items():
             value: Any = layers[path].steering[adapter] if path in inner else 1
             for number, chosen in parts:
@@ -120,25 +120,27 @@ def _named(name: str, ranked: Sequence[Atom]) -> list[Atom]:
 
 
 def _factor(
-    steer: Steer, given: dict[str, Any], backbone: Backbone, grid: tuple[int, int], spelled: Callable[..., Tensor]
+    steer: Steer, heard: Heard, backbone: Backbone, spelled: Callable[..., Tensor]
 ) -> Callable[[str], Float[Tensor, "#rows #positions 1"]]:
     """For this forward, by site: 1 where the steer says nothing, else its strength as far as its limits hold."""
     within, beyond = (1, 0) if steer.strength is None else (steer.strength, 1)
-    time = torch.ones(1, 1, device=given["hidden_states"].device)
+    time = torch.ones(1, 1, device=heard.s.device)
     if steer.time is not None:
-        s = backbone.clock(given["timestep"]).float().expand(len(given["hidden_states"])).unsqueeze(1)
+        s = heard.s.unsqueeze(1)
         # Less than any step of a sampler, more than the rounding of a clock.
         time = ((s > steer.time[0] - 1e-4) & (s < steer.time[1] + 1e-4)).float()
-    picture = None if steer.mask is None else F.adaptive_avg_pool2d(steer.mask[None], grid).flatten(1).to(time)
-    text = None if steer.words is None else spelled(steer.words, given[backbone.gate_input])
+    picture = None if steer.mask is None else F.adaptive_avg_pool2d(steer.mask[None], heard.grid).flatten(1).to(time)
+    text = None if steer.words is None else spelled(steer.words, heard.conditioning[backbone.gate_input])
 
     def at(site: str) -> Tensor:
         if picture is None and text is None:
             return (beyond * (1 - time) + within * time).unsqueeze(-1)
-        factor, layout = time.new_ones(()), backbone.layout(site, given, math.prod(grid))
-        for values, here in ((picture, layout.image), (text, layout.real & ~layout.image)):
+        factor, layout = time.new_ones(()), backbone.layout(site, heard.conditioning, heard.grid)
+        own = None if picture is None or not layout.image.any() else layout.resample(picture, heard.grid)
+        for values, here in ((own, layout.image), (text, layout.real & ~layout.image)):
             if values is not None:
                 nth = (here.cumsum(1) - 1).clamp(min=0)  # a row's k-th value is for its k-th position here
+                values = F.pad(values, (0, max(0, int(nth.max()) + 1 - values.shape[1])))
                 share = time * values.expand(len(here), -1).gather(1, nth)
                 factor = torch.where(here, beyond * (1 - share) + within * share, factor)
         return factor.unsqueeze(-1)
@@ -153,26 +155,33 @@ def _listening(pipe: Any, backbone: Backbone, words: set[str]) -> Iterator[Calla
     A denoiser gets embeddings only: by them a row is known, and the branch without words has no 1.
     """
     encode, around = pipe.encode_prompt, vars(pipe).get("encode_prompt")
-    spoken: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    # A family may encode its prompts by parts, of different widths: which are looked up by is the gate's input.
+    spoken: dict[str, dict[int, list[tuple[Tensor, list[int]]]]] = {}
 
     def listen(*args: Any, **kwargs: Any) -> Any:
-        embeds, *others = encode(*args, **kwargs)
         given = kwargs.get("prompt", args[0] if args else None) or []
-        prompts = [given] if isinstance(given, str) else given
-        for said in words:
-            at = [backbone.word_tokens(pipe, prompt, said) for prompt in prompts]
-            spoken[said] = [(one, torch.zeros_like(one[:, 0])) for one in embeds if at]
-            for row, (_, marks) in enumerate(spoken[said]):
-                marks[[k for k in at[row * len(at) // len(embeds)] if k < len(marks)]] = 1
+        prompts = [given] if isinstance(given, str) else list(given)  # Z-Image's pipeline overwrites it
+        embeds, *others = encode(*args, **kwargs)
+        for said in words if prompts else ():
+            try:
+                at = [word_tokens(backbone.readings(pipe, prompt), said) for prompt in prompts]
+            except UserError:
+                if said in spoken:  # some families encode negative prompts by themselves, after the prompts
+                    continue
+                raise
+            rows = [(one, at[row * len(at) // len(embeds)]) for row, one in enumerate(embeds)]
+            spoken.setdefault(said, {})[embeds[0].shape[-1]] = rows
         return embeds, *others
 
-    def spelled(said: str, embeds: Tensor) -> Tensor:
-        if not spoken.get(said):
+    def spelled(said: str, embeds: Embeds) -> Tensor:
+        known = spoken.get(said, {}).get(embeds[0].shape[-1])
+        if not known:
             raise UserError("`words` needs the prompt's text: let the pipeline encode it where the steer is on.")
-        found = torch.zeros_like(embeds[..., 0])
-        for prompt, marks in spoken[said]:
-            if prompt.shape == embeds.shape[1:]:
-                found = torch.maximum(found, (embeds == prompt).flatten(1).all(1, keepdim=True) * marks)
+        found = embeds[0].new_zeros(len(embeds), 1 + max((k for _, at in known for k in at), default=0))
+        for row, one in enumerate(embeds):
+            for prompt, at in known:
+                if torch.equal(one, prompt):
+                    found[row, at] = 1
         return found
 
     pipe.encode_prompt = listen

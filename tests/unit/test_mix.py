@@ -21,6 +21,7 @@ from atomtune.adapter import Adapter, base_of
 from atomtune.atoms import noised_pass
 from atomtune.backbones import backbone_of
 from atomtune.cli import main
+from atomtune.data.picture import to_tensor
 from atomtune.errors import UserError
 from atomtune.mix import TIMES, concepts, conflicts, merge, mix, orthogonality, weaker
 from atomtune.steering import Steer
@@ -229,9 +230,10 @@ def test_conflicts_are_pairs_that_fire_together_along_or_against(pipe: Any, tmp_
     assert (worst.together, worst.cosine) == (pytest.approx(1), pytest.approx(-1))
     assert weaker([worst]) == ["b/L0[0]"]
     # Against NumPy, on the codes of each adapter read by itself.
-    backbone, latents = backbone_of(pipe), paint(pipe)
-    conditioning = backbone.encode_prompts(pipe, PROMPTS)
-    real, seen = backbone.layout(SITE, conditioning, 64).real, {}
+    backbone = backbone_of(pipe)
+    painted = torch.stack([to_tensor(picture) for picture in atomtune.generate(pipe, PROMPTS, steps=2)])
+    latents, conditioning = backbone.encode_pictures(pipe, painted), backbone.encode_prompts(pipe, PROMPTS)
+    real, seen = backbone.layout(SITE, conditioning, (8, 8)).real, {}
     for part in folders:
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():

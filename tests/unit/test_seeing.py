@@ -18,7 +18,7 @@ import atomtune
 from atomtune import atoms as at
 from atomtune.adapter import Adapter
 from atomtune.atoms import Atom, strengths
-from atomtune.backbones import backbone_of, base_name
+from atomtune.backbones import backbone_of, base_name, token_texts
 from atomtune.cli import main
 from atomtune.data.picture import to_tensor
 from atomtune.errors import UserError
@@ -92,14 +92,14 @@ def test_codes_are_a_loop_over_pictures_and_times(pipe: Any) -> None:
             with torch.no_grad(), record(pipe) as recording:
                 backbone.predict(pipe.transformer, x[None], torch.tensor([time]), given)
             for atom in ranked:
-                layout = backbone.layout(atom.path, given, math.prod(backbone.grid(pipe.transformer, latents)))
+                layout = backbone.layout(atom.path, given, backbone.grid(pipe.transformer, latents))
                 for table, mask in zip(tables, (layout.image, layout.real & ~layout.image), strict=True):
                     own = recording.codes[atom.path][0][mask][:, atom.row].numpy()
                     assert (atom.name in table) == bool(len(own))
                     if len(own):
                         assert np.allclose(table[atom.name][number, picture, : len(own)], own, atol=1e-4)
                         assert np.isnan(table[atom.name][number, picture, len(own) :]).all()
-        words = maps.token_texts(pipe, prompt)
+        words = token_texts(backbone.readings(pipe, prompt))
         assert {np.isfinite(codes[0, picture]).sum() for codes in tables[1].values()} == {len(words)}
         assert any("kite" in word for word in words) == ("kite" in prompt)
     assert tables[0].keys() == grids.keys()

@@ -12,12 +12,13 @@ import torch
 from PIL import Image
 
 import atomtune
-from atomtune.backbones import backbone_of
+from atomtune.backbones import BACKBONES, backbone_of
+from atomtune.backbones.noising import flow, scheduled
 from atomtune.data.folder import Scan, Skipped
 from atomtune.errors import UserError
 from atomtune.training import gating, run_folder
 from atomtune.training.masks import surprise
-from atomtune.training.objective import DENSITIES, flow_matching, noised
+from atomtune.training.objective import DENSITIES, error, times
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import gate_prompts, pictured, prepare, spoken, unrelated_list
 from atomtune.training.start import discriminants
@@ -121,19 +122,19 @@ def test_options_that_cannot_work_name_their_field(name: str, value: Any) -> Non
 
 def test_noised_runs_from_the_picture_to_noise() -> None:
     latents, noise = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
-    x, v = noised(latents, torch.tensor([0.0, 0.25, 1.0]), noise)
+    x, v = flow(latents, torch.tensor([0.0, 0.25, 1.0]), noise)
     assert torch.equal(x[0], latents[0])
     assert torch.allclose(x[1], 0.75 * latents[1] + 0.25 * noise[1])
     assert torch.equal(x[2], noise[2])
     # Along the straight path the velocity takes any point back to the picture.
     assert torch.allclose(x[1] - 0.25 * v[1], latents[1], atol=1e-6)
-    assert flow_matching(v, v) == 0
-    assert flow_matching(v + 2, v).item() == pytest.approx(4.0)
+    assert error(v, v) == 0
+    assert error(v + 2, v).item() == pytest.approx(4.0)
 
 
 def test_the_loss_is_a_float32_mean() -> None:
     v = torch.zeros(2, 4, 2, 2, dtype=torch.float16)
-    assert flow_matching(v + 300, v).item() == pytest.approx(90000.0)
+    assert error(v + 300, v).item() == pytest.approx(90000.0)
 
 
 @pytest.mark.parametrize("name", DENSITIES)
@@ -145,6 +146,47 @@ def test_times_are_drawn_as_their_density_says(name: str) -> None:
         normal = 0.5 * (1 + math.erf(math.log(s / (1 - s)) / math.sqrt(2)))
         want = {"uniform": s, "logit_normal": normal}[name]
         assert (drawn <= s).float().mean().item() == pytest.approx(want, abs=0.012)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_shift_moves_the_times_as_the_sampler_does(shift: float) -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    backbone = dataclasses.replace(BACKBONES["ZImagePipeline"], shift=shift)
+    drawn = DENSITIES["uniform"](1000, torch.Generator().manual_seed(0))
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(sigmas=drawn.numpy())
+    moved = times(backbone, 1000, torch.Generator().manual_seed(0))
+    assert torch.allclose(moved, scheduler.sigmas[:-1], atol=1e-6)
+    assert torch.equal(moved, drawn) == (shift == 1)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_target_of_a_scheduler_leads_back_to_the_picture(kind: str) -> None:
+    """Against DDIM's own step from the noised latents to the clean ones."""
+    from types import SimpleNamespace
+
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(prediction_type=kind, clip_sample=False)
+    scheduler.set_timesteps(1000)
+    noised = scheduled(SimpleNamespace(scheduler=scheduler))["noised"]
+    latents, noise = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
+    x, target = noised(latents, torch.tensor([0.1, 0.5, 0.9]), noise)
+    for row, step in enumerate((100, 500, 900)):
+        clean = scheduler.step(target[row], step, x[row]).pred_original_sample
+        assert torch.allclose(clean, latents[row], atol=1e-4)
+    same, _ = noised(latents, 0.5, noise)
+    assert torch.equal(same[1], x[1])
+
+
+def test_a_scheduler_that_predicts_something_else_is_told() -> None:
+    from types import SimpleNamespace
+
+    from diffusers import DDIMScheduler
+
+    with pytest.raises(UserError, match="predicts epsilon or v_prediction, got 'sample'"):
+        scheduled(SimpleNamespace(scheduler=DDIMScheduler(prediction_type="sample")))
 
 
 # ----------------------------------------------------------------------------------------------- preparation

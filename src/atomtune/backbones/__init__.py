@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from atomtune.backbones import lumina2, sd3
-from atomtune.backbones.base import Backbone, Conditioning, Layout, denoiser, join, select
+from atomtune.backbones import (
+    aura_flow,
+    flux,
+    flux2,
+    hunyuan_dit,
+    lumina2,
+    pixart,
+    qwen_image,
+    sana,
+    sd3,
+    unet,
+    z_image,
+)
+from atomtune.backbones.base import (
+    Backbone,
+    Conditioning,
+    Embeds,
+    Grid,
+    Heard,
+    Layout,
+    denoiser,
+    denoiser_name,
+    join,
+    named,
+    placed,
+    select,
+)
+from atomtune.backbones.reading import token_texts, word_tokens
 from atomtune.errors import UserError
 
 EMBEDDED = "embedded"
@@ -19,8 +46,20 @@ DTYPES = ("float32", "bfloat16", "float16")
 """Precisions that a base is opened in."""
 
 BACKBONES: dict[str, Backbone] = {
+    "AuraFlowPipeline": aura_flow.BACKBONE,
+    "Flux2KleinPipeline": flux2.KLEIN,
+    "Flux2Pipeline": flux2.BACKBONE,
+    "FluxPipeline": flux.BACKBONE,
+    "HunyuanDiTPipeline": hunyuan_dit.BACKBONE,
     "Lumina2Pipeline": lumina2.BACKBONE,
+    "PixArtAlphaPipeline": pixart.ALPHA,
+    "PixArtSigmaPipeline": pixart.BACKBONE,
+    "QwenImagePipeline": qwen_image.BACKBONE,
+    "SanaPipeline": sana.BACKBONE,
     "StableDiffusion3Pipeline": sd3.BACKBONE,
+    "StableDiffusionPipeline": unet.SD15,
+    "StableDiffusionXLPipeline": unet.SDXL,
+    "ZImagePipeline": z_image.BACKBONE,
 }
 """Backbones by the class name of the diffusers pipeline."""
 
@@ -29,13 +68,22 @@ __all__ = [
     "EMBEDDED",
     "Backbone",
     "Conditioning",
+    "Embeds",
+    "Grid",
+    "Heard",
     "Layout",
     "backbone_of",
     "base_name",
+    "call_arguments",
     "denoiser",
+    "denoiser_name",
     "join",
+    "named",
     "open_pipeline",
+    "placed",
     "select",
+    "token_texts",
+    "word_tokens",
 ]
 
 
@@ -45,7 +93,15 @@ def backbone_of(pipe: Any) -> Backbone:
     if name not in BACKBONES:
         known = ", ".join(BACKBONES)
         raise UserError(f"`base` must be a pipeline of a known family ({known}), got {name}.")
-    return BACKBONES[name]
+    found = BACKBONES[name]
+    return dataclasses.replace(found, **found.settings(pipe))
+
+
+def call_arguments(pipe: Any, prompts: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a call of the pipeline with these prompts and arguments gets beside the prompts."""
+    negative = given.get("negative_prompt") or []
+    texts = [*prompts, *([negative] if isinstance(negative, str) else negative)]
+    return backbone_of(pipe).call(pipe, texts) | dict(given)
 
 
 def base_name(pipe: Any) -> str | None:

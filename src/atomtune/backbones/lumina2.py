@@ -1,4 +1,4 @@
-"""Lumina2, and the embedded model: one stream of text and picture tokens, one text encoder."""
+"""Lumina2, and the embedded model: one stream of text, then picture; Gemma, padding masked."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atomtune.backbones.base import Backbone, Conditioning, Layout, spelling
+from atomtune.backbones.base import Backbone, Conditioning, Grid, Heard, Layout, autoencoded, patches, picture, words
+from atomtune.backbones.reading import Reading
 
 
 @torch.no_grad()
@@ -16,44 +17,31 @@ def encode_prompts(pipe: Any, prompts: list[str]) -> Conditioning:
     return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
 
-@torch.no_grad()
-def encode_pictures(pipe: Any, pixels: Tensor) -> Tensor:
-    out = pipe.vae.encode(pixels.to(pipe.vae.dtype))
-    latents = out.latent if hasattr(out, "latent") else out.latent_dist.mode()
-    return (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
-
-
 def predict(model: nn.Module, latents: Tensor, s: Tensor, conditioning: Conditioning) -> Tensor:
     """The model's clock runs from noise (0) to picture (1), and so does its velocity."""
     return -model(hidden_states=latents, timestep=1 - s, return_dict=False, **conditioning)[0]
 
 
-def grid(model: nn.Module, latents: Tensor) -> tuple[int, int]:
-    patch: int = model.config.patch_size  # type: ignore[union-attr, assignment]
-    return latents.shape[-2] // patch, latents.shape[-1] // patch
-
-
-def layout(site: str, conditioning: Conditioning, tokens: int) -> Layout:
+def layout(site: str, conditioning: Conditioning, grid: Grid) -> Layout:
     """Joint layers see the real text tokens, then the picture's, then padding; refiners see one kind."""
     mask = conditioning["encoder_attention_mask"].bool()
-    lengths = mask.sum(1, keepdim=True)
     if site.startswith("context_refiner"):
-        return Layout(real=mask, image=torch.zeros_like(mask))
+        return words(mask)
     if site.startswith("noise_refiner"):
-        image = mask.new_ones(len(mask), tokens)
-        return Layout(real=image, image=image)
+        return picture(mask, grid)
+    lengths, tokens = mask.sum(1, keepdim=True), grid[0] * grid[1]
     at = torch.arange(int(lengths.max()) + tokens, device=mask.device)
     real = at < lengths + tokens
-    return Layout(real=real, image=real & (at >= lengths))
+    return Layout(real=real, image=real & (at >= lengths), grid=grid)
 
 
-def clock(timestep: Tensor) -> Tensor:
-    return 1 - timestep
+def heard(model: nn.Module, given: dict[str, Any]) -> Heard:
+    latents = given["hidden_states"]
+    return Heard(1 - given["timestep"].float().expand(len(latents)), patches(model, latents), given)
 
 
-def word_tokens(pipe: Any, prompt: str, words: str) -> list[int]:
-    text = f"{pipe.system_prompt} <Prompt Start> {prompt}"
-    return spelling(pipe.tokenizer, text, words, start=len(text) - len(prompt))
+def readings(pipe: Any, prompt: str) -> list[Reading]:
+    return [Reading(pipe.tokenizer, prompt, 256, before=f"{pipe.system_prompt} <Prompt Start> ")]
 
 
 def call(pipe: Any, prompts: list[str]) -> dict[str, Any]:
@@ -69,11 +57,12 @@ BACKBONE = Backbone(
     gate_input="encoder_hidden_states",
     gate_mask="encoder_attention_mask",
     encode_prompts=encode_prompts,
-    encode_pictures=encode_pictures,
+    encode_pictures=autoencoded,
     predict=predict,
-    grid=grid,
+    grid=patches,
     layout=layout,
-    clock=clock,
-    word_tokens=word_tokens,
+    heard=heard,
+    readings=readings,
+    density="logit_normal",
     call=call,
 )

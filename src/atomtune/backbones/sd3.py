@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: two streams, three text encoders, padding attended."""
+"""Stable Diffusion 3 and 3.5: two streams; two CLIPs and T5, padding attended."""
 
 from __future__ import annotations
 
@@ -7,9 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atomtune.backbones.base import Backbone, Conditioning, Layout, spelling
-
-TEXT_SITES = ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out", "ff_context")
+from atomtune.backbones.base import (
+    Backbone,
+    Conditioning,
+    Grid,
+    Layout,
+    attended,
+    autoencoded,
+    heard,
+    patches,
+    two_streams,
+)
+from atomtune.backbones.reading import Reading
 
 
 @torch.no_grad()
@@ -18,39 +27,18 @@ def encode_prompts(pipe: Any, prompts: list[str]) -> Conditioning:
     return {"encoder_hidden_states": embeds, "pooled_projections": pooled}
 
 
-@torch.no_grad()
-def encode_pictures(pipe: Any, pixels: Tensor) -> Tensor:
-    latents = pipe.vae.encode(pixels.to(pipe.vae.dtype)).latent_dist.mode()
-    return (latents - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
-
-
 def predict(model: nn.Module, latents: Tensor, s: Tensor, conditioning: Conditioning) -> Tensor:
     return model(hidden_states=latents, timestep=s * 1000, return_dict=False, **conditioning)[0]
 
 
-def grid(model: nn.Module, latents: Tensor) -> tuple[int, int]:
-    patch: int = model.config.patch_size  # type: ignore[union-attr, assignment]
-    return latents.shape[-2] // patch, latents.shape[-1] // patch
+def layout(site: str, conditioning: Conditioning, grid: Grid) -> Layout:
+    return two_streams(site, attended(conditioning["encoder_hidden_states"]), grid)
 
 
-def layout(site: str, conditioning: Conditioning, tokens: int) -> Layout:
-    """Each site sees one stream, and all of its positions are real: padding is attended."""
-    embeds = conditioning["encoder_hidden_states"]
-    text = any(part in site for part in TEXT_SITES)
-    length = embeds.shape[1] if text else tokens
-    real = torch.ones(len(embeds), length, dtype=torch.bool, device=embeds.device)
-    return Layout(real=real, image=torch.zeros_like(real) if text else real)
-
-
-def clock(timestep: Tensor) -> Tensor:
-    return timestep / 1000
-
-
-def word_tokens(pipe: Any, prompt: str, words: str) -> list[int]:
-    """CLIP's tokens, cut at its length, then T5's."""
+def readings(pipe: Any, prompt: str) -> list[Reading]:
+    """The two CLIPs share their positions; T5's follow."""
     length = pipe.tokenizer_max_length
-    clip = [at for at in spelling(pipe.tokenizer, prompt, words) if at < length - 1]
-    return clip + [length + at for at in spelling(pipe.tokenizer_3, prompt, words)]
+    return [Reading(pipe.tokenizer, prompt, length, padded=True), Reading(pipe.tokenizer_3, prompt, 256, padded=True)]
 
 
 BACKBONE = Backbone(
@@ -59,10 +47,11 @@ BACKBONE = Backbone(
     gate_input="encoder_hidden_states",
     gate_mask=None,
     encode_prompts=encode_prompts,
-    encode_pictures=encode_pictures,
+    encode_pictures=autoencoded,
     predict=predict,
-    grid=grid,
+    grid=patches,
     layout=layout,
-    clock=clock,
-    word_tokens=word_tokens,
+    heard=heard(),
+    readings=readings,
+    density="logit_normal",
 )

@@ -269,13 +269,13 @@ def train_rival(
         batch = draw(material, backbone, options, step, generator_of(options, step))
         predicted = backbone.predict(base, batch.x, batch.s, batch.conditioning)
         concept, others = batch.concept, batch.others
-        terms = [objective.flow_matching(predicted[concept], batch.velocity[concept], batch.weight)]
+        terms = [objective.error(predicted[concept], batch.target[concept], batch.weight)]
         if options.unrelated_rows and options.prior:
-            terms.append(options.prior * objective.flow_matching(predicted[others], batch.velocity[others]))
+            terms.append(options.prior * objective.error(predicted[others], batch.target[others]))
         if options.unrelated_rows and options.distill:
             with torch.no_grad(), rival.off():
                 plain = backbone.predict(base, batch.x[others], batch.s[others], batch.conditioning_of(others))
-            terms.append(options.distill * objective.flow_matching(predicted[others], plain))
+            terms.append(options.distill * objective.error(predicted[others], plain))
         extra = rival.penalty()
         if extra is not None:
             terms.append(extra)

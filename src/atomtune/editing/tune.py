@@ -100,7 +100,7 @@ def fixed_loss(run: Run) -> float:
     s = torch.tensor((0.1, 0.3, 0.5, 0.7, 0.9)).repeat(2).to(latents)
     same = torch.zeros(len(s), dtype=torch.long)
     noise = torch.randn(len(s), *latents.shape[1:], generator=generator).to(latents)
-    x, velocity = objective.noised(latents[same], s, noise)
+    x, target = run.backbone.noised(latents[same], s, noise)
     with open_gate(run.base):
         predicted = run.backbone.predict(run.base, x, s, select(run.material.conditioning, same))
-    return objective.flow_matching(predicted, velocity).item()
+    return objective.error(predicted, target).item()

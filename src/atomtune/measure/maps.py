@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from atomtune.atoms import Atom
-from atomtune.backbones import Backbone, Conditioning, backbone_of, select
-from atomtune.errors import UserError
+from atomtune.backbones import Backbone, Conditioning, placed, select
 from atomtune.tuner import atom_layers, open_gate, record, unwrap
 
 Codes = Float[np.ndarray, "times pictures _tokens"]
@@ -23,11 +22,6 @@ Tables = tuple[dict[str, Codes], dict[str, Codes]]
 
 TIMES = (0.3, 0.5, 0.7)
 """Where pictures are noised to, 0 being clean, unless a caller says otherwise."""
-
-_TOKENIZERS = {  # SD3: the two CLIPs share their positions; T5's follow
-    "Lumina2": (("tokenizer", 256, False),),
-    "SD3": (("tokenizer", 77, "max_length"), ("tokenizer_3", 256, "max_length")),
-}
 
 
 @torch.no_grad()
@@ -45,23 +39,25 @@ def fired(
 ) -> Tables:
     """The codes of atoms on noised pictures, gate open; all get the same noise, so that each one's numbers are its own.
 
-    An atom is missing where its site sees no such tokens. Picture tokens lie row by row; text is as `token_texts` names
-    it, NaN beyond the end of a shorter prompt. The nanmean over axes 1 and 2 is the atom over time, the nanmax over
-    0 and 2 its peak in each picture.
+    An atom is missing where its site sees no such tokens. Picture tokens lie row by row; text is as
+    `backbones.token_texts` names it, NaN beyond the end of a shorter prompt. The nanmean over axes 1 and 2 is the atom
+    over time, the nanmax over 0 and 2 its peak in each picture.
     """
     base = unwrap(model)
     tables: Tables = ({}, {})
-    tokens = math.prod(backbone.grid(base, latents))
+    grid = backbone.grid(base, latents)
     generator = torch.Generator().manual_seed(seed)
     for number, time in enumerate(times):
         noise = torch.randn(latents.shape[1:], generator=generator).to(latents)
         for at in torch.arange(len(latents)).split(batch_size):
             given, s = select(conditioning, at), torch.full((len(at),), time, device=latents.device)
             with record(base, adapter) as recording, open_gate(base, adapter):
-                backbone.predict(base, (1 - time) * latents[at] + time * noise, s, given)
+                backbone.predict(base, backbone.noised(latents[at], time, noise.expand_as(latents[at]))[0], s, given)
             for atom in atoms:
-                codes = recording.codes[atom.path][-1][..., atom.row].float().cpu()
-                whole, here = (backbone.layout(atom.path, c, tokens) for c in (conditioning, given))
+                if recording.codes[atom.path][-1].ndim == 2:  # reads no tokens
+                    continue
+                seen, here = placed(backbone, atom.path, recording.codes[atom.path][-1], given, grid)
+                codes, whole = seen[..., atom.row].float().cpu(), backbone.layout(atom.path, conditioning, grid)
                 kinds = ((whole.image, here.image), (whole.real & ~whole.image, here.real & ~here.image))
                 for table, (every, chosen) in zip(tables, kinds, strict=True):
                     if every.any():
@@ -77,11 +73,12 @@ def code_maps(
 ) -> dict[str, Float[np.ndarray, "pictures rows columns"]]:
     """The mean code over several times at each picture token, by the name of the atom; gate open.
 
-    An atom whose site sees no picture tokens has no map. Keywords: as `fired`.
+    An atom whose site sees no picture tokens has no map; one of a coarser site has a smaller one. Keywords: as `fired`.
     """
     grid = backbone.grid(unwrap(model), latents)
     image, _ = fired(model, backbone, latents, conditioning, atoms, **more)
-    return {name: codes.mean(0).reshape(-1, *grid) for name, codes in image.items()}
+    own = {atom.name: backbone.layout(atom.path, conditioning, grid).grid for atom in atoms if atom.name in image}
+    return {name: codes.mean(0).reshape(-1, *own[name]) for name, codes in image.items()}
 
 
 def examples(
@@ -96,20 +93,6 @@ def examples(
     at = [round((1 - q) * (len(firing) - 1)) for q in quantiles if len(firing)]
     silent = np.flatnonzero(peaks == 0)
     return {"most": firing[:number].tolist(), "quantiles": firing[at].tolist(), "silent": silent[:number].tolist()}
-
-
-def token_texts(pipe: Any, prompt: str) -> list[str]:
-    """The text of each real token of a prompt. Raises UserError on a family that is not known here."""
-    family = backbone_of(pipe).family
-    if family not in _TOKENIZERS:
-        raise UserError(f"`pipe` must be of a family whose tokens are known ({', '.join(_TOKENIZERS)}), got {family}.")
-    text = f"{pipe.system_prompt} <Prompt Start> {prompt}" if family == "Lumina2" else prompt
-    texts: list[str] = []
-    for name, length, padding in _TOKENIZERS[family]:
-        tokenizer = getattr(pipe, name)
-        ids = tokenizer(text, truncation=True, max_length=length, padding=padding).input_ids
-        texts += [tokenizer.decode([i]).strip() for i in ids]
-    return texts
 
 
 def twins(

@@ -61,7 +61,7 @@ def attribution(
     conditioning = backbone.encode_prompts(pipe, [prompt])
     noise = torch.randn(len(times), *clean.shape[1:], generator=torch.Generator().manual_seed(seed)).to(clean)
     s = torch.tensor(times, device=clean.device)
-    noised = torch.stack([(1 - t) * clean[0] + t * own for t, own in zip(s, noise, strict=True)])
+    noised, _ = backbone.noised(clean.expand_as(noise), s, noise)
 
     def predict(dials: Sequence[Dial]) -> Float[Tensor, "times rows ..."]:
         at = torch.arange(len(s)).repeat_interleave(len(dials))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -24,7 +25,7 @@ class Batch:
     x: Tensor
     """Latents at time s."""
     s: Float[Tensor, " batch"]
-    velocity: Tensor
+    target: Tensor
     """What the model should predict of `x`."""
     conditioning: Conditioning
     picks: Tensor
@@ -67,15 +68,15 @@ def draw(
         picks = torch.randint(len(bucket.unrelated_latents), (options.unrelated_rows,), generator=generator)
         latents = torch.cat([latents, bucket.unrelated_latents[picks]])
         conditioning = join(conditioning, select(material.unrelated_conditioning, picks))
-    density = objective.among(options.times) if options.times else objective.DENSITIES[backbone.density]
-    s = density(len(latents), generator).to(latents.device)
+    drawn = objective.among(options.times) if options.times else partial(objective.times, backbone)
+    s = drawn(len(latents), generator).to(latents.device)
     noise = torch.randn(latents.shape, generator=generator).to(latents)
-    x, velocity = objective.noised(latents, s, noise)
+    x, target = backbone.noised(latents, s, noise)
     if options.caption_dropout:
         dropped = torch.rand(len(rows), generator=generator) < options.caption_dropout
         conditioning = _without_words(conditioning, dropped.nonzero().flatten(), material.wordless)
     weight = None if bucket.weights is None else bucket.weights[view, at]
-    return Batch(rows, x, s, velocity, conditioning, picks, bucket.masks[view, at], weight)
+    return Batch(rows, x, s, target, conditioning, picks, bucket.masks[view, at], weight)
 
 
 def _without_words(conditioning: Conditioning, rows: Tensor, wordless: Conditioning) -> Conditioning:

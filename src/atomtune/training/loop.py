@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from atomtune.adapter import Adapter
 from atomtune.atoms import contained, measure, order_by_importance, reaches, strengths
-from atomtune.backbones import Backbone, Conditioning, backbone_of, base_name, denoiser, select
+from atomtune.backbones import Backbone, Conditioning, Grid, backbone_of, base_name, denoiser, placed, select
 from atomtune.errors import UserError
 from atomtune.sampling import generate
 from atomtune.sparse import anneal_k, dead_atoms
@@ -88,6 +88,8 @@ def train(
     options = run_folder.stored(run, options) if resume else run_folder.check_free(run, options)
     tracked = chosen(options.trackers) if processes.is_main_process else ()
     processes.wait_for_everyone()
+    if options.gradient_checkpointing and not getattr(base, "_supports_gradient_checkpointing", True):
+        raise UserError(f"`gradient_checkpointing` must be off for {backbone.family}, which has none.")
     # First, because it names unknown sites and wrong sizes, and what follows may take minutes.
     attach_atoms(pipe, backbone, options)
     try:
@@ -180,7 +182,7 @@ def attach_atoms(pipe: Any, backbone: Backbone, options: TrainOptions, adapter: 
         "target_modules": list(options.sites or backbone.sites),
         "gate_input": backbone.gate_input if options.gated else None,
         "gate_mask": backbone.gate_mask if options.gated else None,
-        "gate_dim": embeds.shape[-1] if options.gated else None,
+        "gate_dim": embeds[0].shape[-1] if options.gated else None,
         "base_model_name_or_path": base_name(pipe),
     }
     torch.manual_seed(options.seed)
@@ -501,13 +503,14 @@ class Run:
         return stack
 
     @torch.no_grad()
-    def _follow(self, codes: dict[str, list[Tensor]], batch: Batch, tokens: int) -> None:
+    def _follow(self, codes: dict[str, list[Tensor]], batch: Batch, grid: Grid) -> None:
         """What atoms reach on unrelated pictures, those of the class left out: they may well be like the concept."""
         far = torch.arange(len(batch.x)) >= len(batch.rows)
         far[batch.others] = ~self.material.of_class[batch.picks]
         for site, calls in codes.items():
-            real = self.backbone.layout(site, batch.conditioning, tokens).real & far.to(self.device)[:, None]
-            sizes = torch.where(real[..., None], calls[-1].abs().float(), 0).flatten(0, -2).amax(0)
+            found, layout = placed(self.backbone, site, calls[-1], batch.conditioning, grid)
+            real = layout.real & far.to(self.device)[:, None]
+            sizes = torch.where(real[..., None], found.abs().float(), 0).flatten(0, -2).amax(0)
             self.reach[site] = torch.maximum(FORGET * self.reach.get(site, torch.zeros_like(sizes)), sizes)
         highest(self.reach, self.processes)
 
@@ -546,24 +549,24 @@ class Run:
         generator = generator_of(o, micro)
         batch = draw(m, backbone, o, micro, generator)
         concept, others = batch.concept, batch.others
-        tokens = math.prod(backbone.grid(self.base, batch.x))
+        grid = backbone.grid(self.base, batch.x)
         with self._autocast(), record(self.base, NAME) as recording:
             predicted = backbone.predict(self.base, batch.x, batch.s, batch.conditioning)
-        losses = {"task": objective.flow_matching(predicted[concept], batch.velocity[concept], batch.weight)}
+        losses = {"task": objective.error(predicted[concept], batch.target[concept], batch.weight)}
         if o.unrelated_rows and o.silence:
-            quiet = objective.silence(recording, backbone, batch.conditioning, tokens, others, o.margin)
+            quiet = objective.silence(recording, backbone, batch.conditioning, grid, others, o.margin)
             losses["silence"] = o.silence * quiet
         if o.unrelated_rows and o.contain:
-            self._follow(recording.codes, batch, tokens)
+            self._follow(recording.codes, batch, grid)
         if o.inner:
-            around = objective.around(recording, backbone, batch.conditioning, 1 - batch.masks, o.margin)
+            around = objective.around(recording, backbone, batch.conditioning, 1 - batch.masks, grid, o.margin)
             losses["inner"] = o.inner * around
         if o.unrelated_rows and o.prior:
-            losses["prior"] = o.prior * objective.flow_matching(predicted[others], batch.velocity[others])
+            losses["prior"] = o.prior * objective.error(predicted[others], batch.target[others])
         if o.unrelated_rows and o.distill:
             with self._autocast():
                 plain = self._base_prediction(batch.x[others], batch.s[others], batch.conditioning_of(others))
-            losses["distill"] = o.distill * objective.flow_matching(predicted[others], plain)
+            losses["distill"] = o.distill * objective.error(predicted[others], plain)
         if o.sparsity:
             layers = atom_layers(self.base, NAME)
             atoms = {site: layer.dictionary(NAME).atoms for site, layer in layers.items()}

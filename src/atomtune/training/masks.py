@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from atomtune.atoms import CHUNK, per_token
 from atomtune.backbones import Backbone, Conditioning, select
-from atomtune.training import objective
 
 
 @torch.no_grad()
@@ -25,7 +24,7 @@ def surprise(
     share: float = 0.25,
     seed: int = 0,
 ) -> Float[Tensor, "batch tokens"]:
-    """1 at the picture tokens whose velocity the base predicts badly, else 0.
+    """1 at the picture tokens that the base predicts badly, else 0.
 
     Badly: its squared error, over some times and noises, lies above `share` of the way from the picture's best
     predicted tokens (tenth percentile) to its worst (98th). A base knows backgrounds; it does not know the subject.
@@ -36,9 +35,9 @@ def surprise(
     for time in (t for t in times for _ in range(repeats)):
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         s = torch.full((len(latents),), time, device=latents.device)
-        x, velocity = objective.noised(latents, s, noise)
+        x, target = backbone.noised(latents, s, noise)
         for at in torch.arange(len(latents)).split(CHUNK):
             predicted = backbone.predict(base, x[at], s[at], select(conditioning, at))
-            total[at] += per_token((predicted - velocity[at]).float().square(), rows, columns)
+            total[at] += per_token((predicted - target[at]).float().square(), rows, columns)
     low, high = (total.quantile(q, dim=1, keepdim=True) for q in (0.1, 0.98))
     return (total > low + share * (high - low)).float()

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from atomtune import sparse
-from atomtune.backbones import Backbone, Conditioning
+from atomtune.backbones import Backbone, Conditioning, Grid, placed
 from atomtune.tuner import Recording
 
 DENSITIES: dict[str, Callable[[int, torch.Generator], Tensor]] = {
@@ -24,36 +24,36 @@ def among(times: Sequence[float]) -> Callable[[int, torch.Generator], Tensor]:
     return lambda n, g: torch.tensor(times)[torch.randint(len(times), (n,), generator=g)]
 
 
-def noised(latents: Tensor, s: Float[Tensor, " batch"], noise: Tensor) -> tuple[Tensor, Tensor]:
-    """(x_s, v): the latents at time s, x_s = (1 - s) x0 + s noise, and the velocity v = noise - x0."""
-    weight = s.view(-1, *[1] * (latents.ndim - 1))
-    return (1 - weight) * latents + weight * noise, noise - latents
+def times(backbone: Backbone, number: int, generator: torch.Generator) -> Float[Tensor, " number"]:
+    """Times as the family's density and shift draw them (the shift is arXiv 2403.03206, eq. 23)."""
+    s = DENSITIES[backbone.density](number, generator)
+    return backbone.shift * s / (1 + (backbone.shift - 1) * s)
 
 
-def flow_matching(predicted: Tensor, velocity: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean squared error of the predicted velocity (rectified flow, arXiv 2209.03003, eq. 1).
+def error(predicted: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean squared error of a prediction; of the velocity it is rectified flow's loss (arXiv 2209.03003, eq. 1).
 
     With a `weight`, which has one channel, the weighted mean; 0 where nothing weighs anything.
     """
     if weight is not None:
         weight = weight.float().expand_as(predicted)
-        return ((predicted.float() - velocity.float()).square() * weight).sum() / weight.sum().clamp_min(1e-8)
-    return nn.functional.mse_loss(predicted.float(), velocity.float())
+        return ((predicted.float() - target.float()).square() * weight).sum() / weight.sum().clamp_min(1e-8)
+    return nn.functional.mse_loss(predicted.float(), target.float())
 
 
 def silence(
     recording: Recording,
     backbone: Backbone,
     conditioning: Conditioning,
-    tokens: int,
+    grid: Grid,
     rows: slice,
     margin: float,
 ) -> Tensor:
     """Sum over sites of the mean of relu(pre + margin) on some rows' real positions."""
     terms = []
     for site, calls in recording.pre_codes.items():
-        real = backbone.layout(site, conditioning, tokens).real[rows]
-        terms.append(sparse.silence(calls[-1][rows][real], margin))
+        pre_codes, layout = placed(backbone, site, calls[-1], conditioning, grid)
+        terms.append(sparse.silence(pre_codes[rows][layout.real[rows]], margin))
     return torch.stack(terms).sum()
 
 
@@ -62,6 +62,7 @@ def around(
     backbone: Backbone,
     conditioning: Conditioning,
     weight: Float[Tensor, "concept tokens"],
+    grid: Grid,
     margin: float,
 ) -> Tensor:
     """Sum over sites of the weighted mean of relu(pre + margin) on picture tokens of the first rows.
@@ -70,10 +71,12 @@ def around(
     """
     terms = [weight.new_zeros(())]
     for site, calls in recording.pre_codes.items():
-        image = backbone.layout(site, conditioning, weight.shape[1]).image[: len(weight)]
+        pre_codes, layout = placed(backbone, site, calls[-1], conditioning, grid)
+        image = layout.image[: len(weight)]
         if image.any():
-            high = torch.relu(calls[-1][: len(weight)][image] + margin).float().mean(-1)
-            terms.append((high * weight.flatten()).sum() / weight.sum().clamp_min(1))
+            high = torch.relu(pre_codes[: len(weight)][image] + margin).float().mean(-1)
+            own = layout.resample(weight, grid)
+            terms.append((high * own.flatten()).sum() / own.sum().clamp_min(1))
     return torch.stack(terms).sum()
 
 

@@ -37,6 +37,10 @@ class Item(NamedTuple):
     """The number of its view in the first epoch; the next epoch shows the next."""
 
 
+SIDE = 1024
+"""Of a pipeline that does not say what it paints by default, such as Z-Image's."""
+
+
 @dataclass(frozen=True)
 class Material:
     """Everything a step reads, on the model's device."""
@@ -233,8 +237,9 @@ def _unit(pipe: Any) -> int:
 
 def default_side(pipe: Any) -> int:
     """The side, in pixels, that the pipeline paints when it is not told one."""
-    size = getattr(pipe, "default_sample_size", None) or denoiser(pipe).config.sample_size  # type: ignore[union-attr]
-    return int(size * pipe.vae_scale_factor)
+    config: Any = denoiser(pipe).config
+    size = getattr(pipe, "default_sample_size", None) or getattr(config, "sample_size", None)
+    return int(size * pipe.vae_scale_factor) if size else SIDE
 
 
 def unrelated_list(pipe: Any, options: TrainOptions) -> tuple[str, ...]:

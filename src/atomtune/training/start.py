@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from atomtune.backbones import Backbone
+from atomtune.backbones import Backbone, placed
 from atomtune.training.batch import draw
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import Material
@@ -34,8 +34,7 @@ def from_activations(base: Any, backbone: Backbone, material: Material, options:
     generator = torch.Generator().manual_seed(options.seed)
     given = dataclasses.replace(options, batch_size=ROWS, unrelated_batch=ROWS)
     batch = draw(material, backbone, given, 0, generator)
-    tokens = batch.masks.shape[1]
-    subject = batch.masks > 0.5
+    grid = backbone.grid(base, batch.x)
     layers = atom_layers(base, adapter)
     seen: dict[str, Tensor] = {}
     handles = [
@@ -49,9 +48,9 @@ def from_activations(base: Any, backbone: Backbone, material: Material, options:
         for handle in handles:
             handle.remove()
     for site, layer in layers.items():
-        layout = backbone.layout(site, batch.conditioning, tokens)
+        x, layout = placed(backbone, site, _unit(seen[site]), batch.conditioning, grid)
+        subject = layout.resample(material.masks[batch.rows], grid) > 0.5
         mine = _concept(layout.real[batch.concept], layout.image[batch.concept], subject)
-        x = _unit(seen[site])
         own = _some(x[batch.concept][mine], generator)
         other = _some(x[batch.others][layout.real[batch.others]], generator)
         if not len(own) or not len(other):

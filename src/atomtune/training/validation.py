@@ -50,30 +50,31 @@ def _rows(material: Material, rows: Tensor) -> Material:
 def validate(base: nn.Module, backbone: Backbone, material: Material, seed: int) -> dict[str, float]:
     """Loss on pictures, drift on unrelated ones, and their sum, which ranks checkpoints; lower is better.
 
-    Both are mean squared errors of velocities, at the same times and noise whenever it is asked: against the true
-    velocity, and against the base's own prediction.
+    Both are mean squared errors of predictions, at the same times and noise whenever it is asked: against what is true,
+    and against the base's own.
     """
     loss = drift = 0.0
-    for x, s, velocity, conditioning in _noised(material.latents, material.conditioning, seed):
+    for x, s, target, conditioning in _noised(backbone, material.latents, material.conditioning, seed):
         predicted = backbone.predict(base, x, s, conditioning)
-        loss += objective.flow_matching(predicted, velocity).item() * len(x) / len(material.latents) / len(TIMES)
+        loss += objective.error(predicted, target).item() * len(x) / len(material.latents) / len(TIMES)
     unrelated = material.unrelated_latents[:ROWS]
     rows = torch.arange(len(unrelated))
-    for x, s, _, conditioning in _noised(unrelated, select(material.unrelated_conditioning, rows), seed + 1):
+    given = select(material.unrelated_conditioning, rows)
+    for x, s, _, conditioning in _noised(backbone, unrelated, given, seed + 1):
         adapted = backbone.predict(base, x, s, conditioning)
         with base_only(base):
             plain = backbone.predict(base, x, s, conditioning)
-        drift += objective.flow_matching(adapted, plain).item() * len(x) / len(unrelated) / len(TIMES)
+        drift += objective.error(adapted, plain).item() * len(x) / len(unrelated) / len(TIMES)
     return {"validation_loss": loss, "validation_drift": drift, "validation_score": loss + drift}
 
 
 def _noised(
-    latents: Tensor, conditioning: Conditioning, seed: int
+    backbone: Backbone, latents: Tensor, conditioning: Conditioning, seed: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Conditioning]]:
     generator = torch.Generator().manual_seed(seed)
     for time in TIMES:
         noise = torch.randn(latents.shape, generator=generator).to(latents)
-        x, velocity = objective.noised(latents, torch.full((len(latents),), time, device=latents.device), noise)
+        x, target = backbone.noised(latents, torch.full((len(latents),), time, device=latents.device), noise)
         for at in torch.arange(len(latents)).split(ROWS):
             s = torch.full((len(at),), time, device=latents.device)
-            yield x[at], s, velocity[at], select(conditioning, at)
+            yield x[at], s, target[at], select(conditioning, at)

@@ -187,6 +187,10 @@ class AtomLinear(nn.Module, AtomLayer):
             factor = factor * _per_sample(gate, codes)
         if adapter in self.steering:
             steering = self.steering[adapter]
+            if codes.ndim == 2:  # no tokens
+                if steering.shape[1] > 1:
+                    raise UserError("`where` and `words` need sites that read tokens. Name the atoms of those alone.")
+                steering = steering[:, 0]
             factor = factor * (steering if rows is None or len(steering) == 1 else steering[rows])
         return codes * factor.to(codes.dtype)
 

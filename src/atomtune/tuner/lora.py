@@ -25,8 +25,8 @@ Factors = dict[str, tuple[Float[Tensor, "rank d_in"], Float[Tensor, "rank d_out"
 RIDGE = 1e-3
 """Share of the mean variance of a site's input that is added to every direction's."""
 DIFFUSERS, PEFT, CONFIG = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"
-PREFIXES = {DIFFUSERS: "transformer", PEFT: "base_model.model"}
-"""What stands before a site in the keys of either's file."""
+PREFIXES = ("transformer", "unet", "base_model.model")
+"""What may stand before a site in the keys of a file: the part of a diffusers pipeline, or PEFT's own."""
 ADAPTER = "lora"
 
 
@@ -115,16 +115,17 @@ def added(layers: Mapping[str, nn.Module], parts: Factors) -> Iterator[None]:
             handle.remove()
 
 
-def save_lora(parts: Factors, rank: int, folder: Path, base: str | None) -> None:
+def save_lora(parts: Factors, rank: int, folder: Path, base: str | None, part: str) -> None:
     """Write a LoRA twice: for diffusers' `load_lora_weights(folder)` and for PEFT's `from_pretrained`.
 
-    Every site gets `rank` rows, of zeros where it has fewer: loaders then agree on the scale, which is 1.
+    It is for `part` of the pipeline, `transformer` or `unet`. Every site gets `rank` rows, of zeros where it has fewer:
+    loaders then agree on the scale, which is 1.
     """
     tensors: dict[str, Tensor] = {}
     for site, pair in parts.items():
         down, up = (nn.functional.pad(t.float().cpu(), (0, 0, 0, rank - len(t))) for t in pair)
         tensors |= {f"{site}.lora_A.weight": down, f"{site}.lora_B.weight": up.T.contiguous()}
-    for name, prefix in PREFIXES.items():
+    for name, prefix in ((DIFFUSERS, part), (PEFT, PREFIXES[-1])):
         named = {f"{prefix}.{key}": tensor for key, tensor in tensors.items()}
         write_whole(folder / name, safetensors.torch.save(named, {"format": "pt"}))
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": sorted(parts)}
@@ -149,9 +150,10 @@ def lora_of(pipe: Any, path: Path) -> Iterator[Factors]:
 
 
 def _file(path: Path) -> Path:
-    found = next((path / name for name in PREFIXES if (path / name).is_file()), path)
+    names = (DIFFUSERS, PEFT)
+    found = next((path / name for name in names if (path / name).is_file()), path)
     if not found.is_file():
-        raise UserError(f"`lora` must be a file, or a folder with {' or '.join(PREFIXES)}: there is none at {path}.")
+        raise UserError(f"`lora` must be a file, or a folder with {' or '.join(names)}: there is none at {path}.")
     if found.suffix != ".safetensors":
         raise UserError(f"`lora` must be a .safetensors file, got {found}: pickled files run code and are not opened.")
     return found
@@ -165,13 +167,14 @@ def _load(pipe: Any, base: Any, file: Path) -> Factors:
         with _hushed():
             with safetensors.safe_open(file, "pt") as opened:
                 keys = sorted(opened.keys())
-            state, metadata = pipe.lora_state_dict(str(file), use_safetensors=True, return_lora_metadata=True)
+            state, *alphas, metadata = pipe.lora_state_dict(str(file), use_safetensors=True, return_lora_metadata=True)
             if not any("lora_A" in key for key in keys):
                 state = convert_unet_state_dict_to_peft(state)
-            prefix = next((p for p in PREFIXES.values() if any(key.startswith(f"{p}.") for key in state)), None)
-            if prefix == PREFIXES[PEFT] and (file.parent / CONFIG).is_file():
+            prefix = next((p for p in PREFIXES if any(key.startswith(f"{p}.") for key in state)), None)
+            if prefix == PREFIXES[-1] and (file.parent / CONFIG).is_file():
                 metadata = _metadata(file.parent / CONFIG, prefix)
-            base.load_lora_adapter(dict(state), prefix=prefix, adapter_name=ADAPTER, metadata=metadata)
+            given = {"prefix": prefix, "adapter_name": ADAPTER, "metadata": metadata}
+            base.load_lora_adapter(dict(state), network_alphas=alphas[0] if alphas else None, **given)
     except Exception as error:  # diffusers has no error of its own for a foreign file
         reason = " ".join(str(error).split())[:200]
         raise UserError(_misfit(base, file, keys) + f" diffusers says: {type(error).__name__}: {reason}") from error

@@ -1,0 +1,78 @@
+"""Which tokens a prompt becomes, where they lie among the text tokens of a site, and which of them spell some words."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from atomtune.errors import UserError
+
+
+class Reading(NamedTuple):
+    """How one tokenizer reads a prompt; its tokens follow those of the readings before it."""
+
+    tokenizer: Any
+    """None: tokens that stand for no text."""
+    prompt: str
+    length: int
+    """The most tokens there are; the rest of the text is cut off."""
+    padded: bool = False
+    """Whether padding up to that length is attended, so that the next reading starts behind it."""
+    before: str = ""
+    after: str = ""
+    """A template around the prompt."""
+    cut: slice = slice(0)
+    """Tokens that the family takes out again."""
+    special: bool = True
+    """Whether the tokenizer adds its special tokens."""
+
+    def tokens(self) -> list[tuple[str, bool, int, int]]:
+        """(text of the token, whether it is of the prompt, and there from which character to which)."""
+        if self.tokenizer is None:
+            return [("", False, 0, 0)] * self.length
+        found = self.tokenizer(
+            self.before + self.prompt + self.after,
+            truncation=True,
+            max_length=self.length,
+            padding="max_length" if self.padded else False,
+            add_special_tokens=self.special,
+            return_offsets_mapping=True,
+        )
+        start, end = len(self.before), len(self.before) + len(self.prompt)
+        tokens = [
+            (self.tokenizer.decode([token]).strip(), b > start and a < end, a - start, b - start)
+            for token, (a, b) in zip(found.input_ids, found.offset_mapping, strict=True)
+        ]
+        del tokens[self.cut]
+        return tokens
+
+
+def around(render: Callable[[str], str]) -> tuple[str, str]:
+    """What a chat template puts before and after a prompt."""
+    before, _, after = render("\ue000").partition("\ue000")
+    return before, after
+
+
+def token_texts(readings: list[Reading]) -> list[str]:
+    """The text of each token."""
+    return [text for reading in readings for text, *_ in reading.tokens()]
+
+
+def word_tokens(readings: list[Reading], words: str) -> list[int]:
+    """Which tokens spell these words, in any case and spacing. Raises UserError where the prompt lacks them."""
+    pattern = re.compile(r"(?<!\w)" + r"\s+".join(map(re.escape, words.split())) + r"(?!\w)", re.IGNORECASE)
+    at, found = 0, []
+    for reading in readings:
+        spans = [match.span() for match in pattern.finditer(reading.prompt)]
+        if reading.tokenizer is not None and not spans:
+            close = difflib.get_close_matches(words, re.findall(r"\w+", reading.prompt), n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise UserError(f"`words` must be in every prompt, got {words!r} for {reading.prompt!r}.{hint}")
+        tokens = reading.tokens()
+        for number, (_, inside, a, b) in enumerate(tokens):
+            if inside and any(a < end and b > begin for begin, end in spans):
+                found.append(at + number)
+        at += len(tokens)
+    return found
