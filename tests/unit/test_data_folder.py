@@ -50,6 +50,7 @@ def test_a_sample_says_all_about_its_picture(tmp_path: Path) -> None:
 def test_what_is_no_picture_is_skipped_with_its_reason_and_never_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Complaint: `.DS_Store` or a caption file is opened as a picture; crash in the loop."""
     picture(tmp_path / "a.png")
     picture(tmp_path / ".hidden.png")
     (tmp_path / ".DS_Store").write_bytes(b"\0")
@@ -152,6 +153,7 @@ def test_byte_order_marks_and_accents_spelt_in_two_ways(tmp_path: Path) -> None:
 
 
 def test_missing_and_empty_captions_are_counted_and_named(tmp_path: Path) -> None:
+    """Complaint: captions with another ending overlooked; trains without any."""
     for name in "abcde":
         picture(tmp_path / f"{name}.png")
     (tmp_path / "a.txt").write_text("")
@@ -211,6 +213,7 @@ def test_a_broken_picture_is_named_or_skipped_on_request(
 
 
 def test_all_broken_pictures_are_told_at_once(tmp_path: Path) -> None:
+    """Complaint: one bad picture kills caching after hours."""
     for name in "dcba":
         make_text(tmp_path / f"{name}.png")
     message = complaint(tmp_path, caption="a square")
@@ -324,6 +327,7 @@ def test_an_empty_folder_is_told(tmp_path: Path) -> None:
 
 
 def test_nothing_left_counts_files_per_reason_and_names_the_flags(tmp_path: Path) -> None:
+    """Complaint: filters remove every picture; the error only says none found."""
     for name in ("a.mp4", "b.mov", ".x", "a.txt"):
         (tmp_path / name).write_text("x")
     (tmp_path / "photos").mkdir()

@@ -7,6 +7,7 @@ from atomtune.errors import UserError
 
 
 def test_each_item_once_epochs_differ_reruns_agree() -> None:
+    """Complaint: no shuffling, or the same order each epoch."""
     epochs = [epoch_order(20, seed=3, epoch=epoch) for epoch in range(5)]
     assert all(sorted(order) == list(range(20)) for order in epochs)
     assert len({tuple(order) for order in epochs}) == 5

@@ -44,6 +44,7 @@ def blocks(mode: str = "RGB") -> Image.Image:
 
 @pytest.mark.parametrize("extension", ["png", "jpg", "webp", "tif"])
 def test_all_orientations_load_to_equal_pixels(tmp_path: Path, extension: str) -> None:
+    """Complaint: phone photos learned sideways, EXIF ignored."""
     settings = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(extension, {})
     loaded = []
     for orientation, store in STORED.items():
@@ -66,6 +67,7 @@ def half_clear() -> Image.Image:
 
 
 def test_transparency_is_composited_on_the_stated_matte(tmp_path: Path) -> None:
+    """Complaint: transparent background becomes a colour that nobody chose."""
     half_clear().save(tmp_path / "a.png")
     assert open_picture(tmp_path / "a.png").getpixel((0, 0)) == (255, 255, 255)
     green = open_picture(tmp_path / "a.png", matte=(0, 255, 0))
@@ -244,6 +246,7 @@ def test_a_mask_is_white_on_black_even_from_transparency(tmp_path: Path) -> None
 @pytest.mark.parametrize(("width", "height"), [(101, 37), (37, 101), (64, 64), (7, 3), (1, 1)])
 @pytest.mark.parametrize("size", [(64, 64), (48, 80), (80, 48)])
 def test_fit_scales_both_directions_alike(width: int, height: int, size: tuple[int, int]) -> None:
+    """Complaint: pictures deformed although cropping was off."""
     # Two ramps: their slopes in the result are the two scales, whatever was cropped.
     x, y = np.meshgrid(np.arange(width) / max(width, 2), np.arange(height) / max(height, 2))
     scales = []

@@ -101,6 +101,8 @@ def test_a_shards_odd_members_are_skipped_or_told(tmp_path: Path) -> None:
         scan(shard(tmp_path / "t.tar", a_png=b"no picture", a_txt="one"))
     with pytest.raises(UserError, match=r"t\.tar/a\.json must be one JSON object"):
         scan(shard(tmp_path / "t.tar", a_png=png(1), a_json="{"))
+    with pytest.raises(UserError, match=r"t\.tar/a\.json must be one JSON object, got '\[1\]'"):
+        scan(shard(tmp_path / "t.tar", a_png=png(1), a_json="[1]"))
     with pytest.raises(UserError, match=r"1 of the pictures have no caption.*t\.tar/a\.png"):
         scan(shard(tmp_path / "t.tar", a_png=png(1)))
 
@@ -146,12 +148,15 @@ def test_a_caption_column_is_used_and_its_gaps_told(tmp_path: Path, table) -> No
     with pytest.raises(UserError, match=r"1 of the pictures have no caption.*set/000002"):
         scan(tmp_path / "set", caption_column="long")
     assert scan(tmp_path / "set", caption_column="long", caption="else").samples[0].caption == "a long one"
+    table.select_columns(["image"]).save_to_disk(tmp_path / "bare")
+    assert {s.caption for s in scan(tmp_path / "bare", caption="one for all").samples} == {"one for all"}
     with pytest.raises(
         UserError, match=r"`caption_column` must be a column of .*: image, text, long, repeats; got 'x'"
     ):
         scan(tmp_path / "set", caption_column="x")
 
 
+@pytest.mark.filterwarnings("ignore:.*metadata.csv:pytest.PytestUnraisableExceptionWarning")  # left open by the library
 def test_image_folders_keep_same_names_apart(tmp_path: Path, table) -> None:  # type: ignore[no-untyped-def]
     """No picture gets the caption of another that has its name in another folder."""
     for number, name in enumerate(("x", "y")):

@@ -34,8 +34,9 @@ TERMS = {"task", "silence", "distill", "gate"}
         {"grad_accumulation": 2},
         {"sparsifier": "topk", "k": 1, "dead": 0.1, "sparsity": 0.01, "inner": 0.1, "prior": 0.1},
         {"nested": False, "data_start": True},
+        {"buckets": True, "flip": True, "crop": 0.1, "caption_dropout": 0.3},
     ],
-    ids=["plain", "accumulated", "every-term", "data-start"],
+    ids=["plain", "accumulated", "every-term", "data-start", "views"],
 )
 @pytest.mark.parametrize("stop", [press_ctrl_c, pull_the_plug], ids=["ctrl-c", "cut-off"])
 def test_three_stops_change_nothing(

@@ -116,8 +116,10 @@ def json_of(text: str, where: str) -> Any:
         raise UserError(f"{where} must be one JSON object, got {text.strip()[:60]!r}: {error}.") from error
 
 
-def note_of(row: dict[str, Any], where: str, source: str, caption_column: str | None) -> Note:
+def note_of(row: Any, where: str, source: str, caption_column: str | None) -> Note:
     """The caption and the repeats in a line of metadata or of a table."""
+    if not isinstance(row, dict):
+        raise UserError(f"{where} must be one JSON object, got {str(row)[:60]!r}.")
     columns = CAPTIONS if caption_column is None else (caption_column,)
     caption = next((row[column] for column in columns if row.get(column)), "")
     if not isinstance(caption, str):

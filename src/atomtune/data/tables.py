@@ -51,7 +51,7 @@ def listing(source: str | Path, caption_column: str | None) -> Listing:
             table = table.cast_column(name, datasets.Image(decode=False))
     found = Listing()
     label = Path(str(source).removeprefix(_HUB).removeprefix(_FOLDER)).name
-    said = table.select_columns([name for name in (caption, "repeats") if name in table.column_names])
+    said = {name: table[name] for name in (caption, "repeats") if name in table.column_names}
     for number in range(len(table)):
         stem = f"{label}/{number:06d}"
         file = _cell(table[pictures[0]], number, stem)
@@ -62,7 +62,8 @@ def listing(source: str | Path, caption_column: str | None) -> Listing:
         for name in masks:
             if (mask := _cell(table[name], number, f"{stem}.mask")) is not None:
                 found.masks[normal(file.stem)] = mask
-        found.notes[normal(file.name)] = note_of(said[number], stem, f"column {caption}", caption)
+        row = {name: column[number] for name, column in said.items()}
+        found.notes[normal(file.name)] = note_of(row, stem, f"column {caption}", caption)
     return found
 
 

@@ -51,9 +51,9 @@ class Encoder:
 
     def __init__(self, pipe: Any, backbone: Backbone, cache: Cache) -> None:
         self.pipe, self.backbone, self.cache, self.device = pipe, backbone, cache, pipe.vae.device
-        texts = sorted(name for name in pipe.components if name.startswith("text_encoder"))
+        texts = [part for name, part in sorted(pipe.components.items()) if name.startswith("text_encoder")]
         self.vae = _weights_key(pipe.vae)
-        self.text = key(type(pipe).__name__, *(_weights_key(getattr(pipe, name)) for name in texts))
+        self.text = key(type(pipe).__name__, *(_weights_key(part) for part in texts if part is not None))
         self.base = key(_weights_key(denoiser(pipe)), self.vae, self.text)
 
     def words(self, prompts: Sequence[str]) -> Conditioning:
@@ -72,8 +72,7 @@ class Encoder:
         """One picture, a batch of its own."""
 
         def make() -> dict[str, Tensor]:
-            pixels = to_tensor(seen(sample, size, view))
-            return self._encoded(pixels[None], str(sample.path))
+            return self._encoded(to_tensor(seen(sample, size, view))[None], str(sample.path))
 
         return self.cache.get(key(self.vae, sample.digest, str(size), str(view)), make)["latents"].to(self.device)
 
@@ -129,7 +128,7 @@ class Encoder:
         masks = self._subjects(mine, latents[0], select(words, torch.tensor(rows)), size, turns, grid)
         weights = None
         if mask_loss:
-            shares = [1 - mask_loss * (1 - _shares([_counts(s) for s in mine], size, turn, grid)) for turn in turns]
+            shares = [1 - mask_loss * (1 - _shares([counting(s) for s in mine], size, turn, grid)) for turn in turns]
             weights = torch.stack([spread(share, latents[0], grid) for share in shares]).to(self.device)
         return Bucket(size, rows, latents, masks.to(self.device), weights, unrelated)
 
@@ -158,8 +157,11 @@ class Encoder:
         return torch.stack([whole, *(_shares(pictures, (grid[1], grid[0]), turn, grid) for turn in turns[1:])])
 
 
-def _counts(sample: Sample) -> Image.Image:
-    """What counts in the task, white: by the sample's mask, else its transparency, else all of it."""
+def counting(sample: Sample) -> Image.Image:
+    """What counts in the task, white: by the sample's mask, else its transparency, else all of it.
+
+    Raises UserError where nothing would.
+    """
     if sample.mask is None and not sample.clear:
         return Image.new("L", (sample.width, sample.height), 255)
     counts = (
@@ -191,4 +193,6 @@ def _joined(parts: Sequence[Conditioning]) -> Conditioning:
 def _weights_key(model: nn.Module) -> str:
     """A hash of a network's weights, of its settings, and of the precision that it computes in."""
     settings = dict(model.config) if isinstance(model.config, dict) else {}
+    # Where it was loaded from, and by which version, changes nothing.
+    settings = {name: value for name, value in settings.items() if not name.startswith("_")}
     return key(fingerprint(model), str(settings), str(model.dtype))

@@ -18,7 +18,7 @@ from atomtune.data.folder import Sample, Scan, scan
 from atomtune.data.prompts import split_held_out, unrelated_prompts
 from atomtune.data.views import Size, View, nearest, sizes, view_of
 from atomtune.errors import UserError
-from atomtune.training.encode import Bucket, Encoder
+from atomtune.training.encode import Bucket, Encoder, counting
 from atomtune.training.options import TrainOptions
 
 VIEWS = 8
@@ -78,8 +78,7 @@ def prepare(pipe: Any, backbone: Backbone, data: Path, options: TrainOptions, ru
     found, added = triggered(scan(data, **options.scanning), options)
     samples, captions = found.samples, tuple(sample.caption for sample in found.samples)
     _check_concept(captions, options)
-    if options.mask_loss and not any(sample.mask or sample.clear for sample in samples):
-        raise UserError("`mask_loss` needs masks (NAME.mask.png beside a picture) or transparency: there are none.")
+    _check_masks(samples, options)
     square = (_side(pipe, options),) * 2
     fitted = fitted_sizes(pipe, samples, options)
     own = _own_unrelated(options)
@@ -125,6 +124,15 @@ def prepare(pipe: Any, backbone: Backbone, data: Path, options: TrainOptions, ru
         scan=found,
         said=(*added, *_told(samples, buckets, options), *_cut_off(encoder, samples)),
     )
+
+
+def _check_masks(samples: Sequence[Sample], options: TrainOptions) -> None:
+    if not options.mask_loss:
+        return
+    if not any(sample.mask or sample.clear for sample in samples):
+        raise UserError("`mask_loss` needs masks (NAME.mask.png beside a picture) or transparency: there are none.")
+    for sample in samples:
+        counting(sample)
 
 
 def triggered(found: Scan, options: TrainOptions) -> tuple[Scan, tuple[str, ...]]:

@@ -32,7 +32,7 @@ def from_activations(base: Any, backbone: Backbone, material: Material, options:
     shifted so that the pre-code is 1 at x and -1 at m. Positions are drawn as k-means++ draws its centres.
     """
     generator = torch.Generator().manual_seed(options.seed)
-    given = dataclasses.replace(options, batch_size=ROWS, unrelated_batch=ROWS)
+    given = dataclasses.replace(options, batch_size=ROWS, unrelated_batch=ROWS, caption_dropout=0.0)
     batch = draw(material, backbone, given, 0, generator)
     grid = backbone.grid(base, batch.x)
     layers = atom_layers(base, adapter)
