@@ -106,6 +106,7 @@ def test_train_atoms_prune_generate(train: Train, runs: Path, tmp_path: Path, ca
     out, err = capsys.readouterr()
     assert out == ""
     assert f"atomtune generate {run}" in err
+    assert "1 x layers.attn.to_q" in err, "what is adapted is told"
     total = 4 * len(json.loads((run / "adapter_config.json").read_text())["sites"])
     assert f"{total} atoms in {run}" in err
     card = (run / "README.md").read_text()

@@ -46,6 +46,7 @@ def test_three_stops_change_nothing(
     changes: dict[str, Any],
     stop: Callable[[], None],
 ) -> None:
+    """Complaints 25 to 28: resuming starts the data over, loses the count, forgets accumulation or the weights."""
     monkeypatch.setattr(loop, "DEAD_AFTER", 2)
     through = go("through", **changes)
     for number, step in enumerate((2, 4, 5)):
@@ -89,6 +90,7 @@ def test_a_second_ctrl_c_stops_at_once_and_saves_no_half_step(
 
 
 def test_a_truncated_checkpoint_is_passed_over(go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Complaint 24: a broken checkpoint is picked up at restart."""
     through = go("through")
     with monkeypatch.context() as patch:
         at_step(patch, {5}, press_ctrl_c)
@@ -131,6 +133,7 @@ def test_only_the_newest_checkpoints_stay(go: Callable[..., Path]) -> None:
 def test_a_loss_that_is_not_finite_stops_the_run(
     go: Callable[..., Path], pipe: Any, monkeypatch: pytest.MonkeyPatch, runs: Path, value: float
 ) -> None:
+    """Complaint 15: the loss is NaN to the end, and a dead adapter is saved."""
     real = Run._losses
 
     def losses(self: Run, micro: int) -> dict[str, Tensor]:
@@ -207,6 +210,8 @@ def test_a_full_disk_at_the_end_is_a_users_error(go: Callable[..., Path], monkey
 def test_what_is_wrong_is_known_before_anything_is_painted_or_written(
     pipe: Any, kites: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Complaint 22, among others: names of sites that match nothing."""
+
     def painted(*_: Any, **__: Any) -> None:
         raise AssertionError("painted before the mistake was told")
 
@@ -237,6 +242,7 @@ def test_a_second_adapter_of_the_name_is_refused_and_the_first_stays(
 
 
 def test_an_existing_folder_is_left_alone(pipe: Any, kites: Path, tmp_path: Path) -> None:
+    """Complaint 30: going on overwrote earlier final files."""
     (tmp_path / "mine.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
         train(pipe, kites, tmp_path, OPTIONS)
@@ -258,6 +264,7 @@ def test_gradient_checkpointing_changes_no_loss(go: Callable[..., Path]) -> None
 
 
 def test_the_seed_decides_everything(go: Callable[..., Path]) -> None:
+    """Complaint 23: the same settings twice, and different results."""
     first, again, other = go("a", steps=2), go("b", steps=2), go("c", steps=2, seed=1)
     assert same(tensors(first), tensors(again))
     assert not same(tensors(first), tensors(other))
@@ -323,6 +330,7 @@ def test_k_falls_from_all_atoms_to_k(go: Callable[..., Path], monkeypatch: pytes
 def test_validation_pictures_are_written_and_a_raising_sampler_is_only_a_warning(
     go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
+    """Complaint 31: sampling fails and takes the run with it."""
     real = loop.generate
     calls = []
 

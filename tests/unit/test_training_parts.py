@@ -121,6 +121,7 @@ def test_options_that_cannot_work_name_their_field(name: str, value: Any) -> Non
 
 
 def test_noised_runs_from_the_picture_to_noise() -> None:
+    """Complaint 20: a weight that is wrong for the prediction's kind."""
     latents, noise = torch.randn(3, 4, 2, 2), torch.randn(3, 4, 2, 2)
     x, v = flow(latents, torch.tensor([0.0, 0.25, 1.0]), noise)
     assert torch.equal(x[0], latents[0])
@@ -139,7 +140,7 @@ def test_the_loss_is_a_float32_mean() -> None:
 
 @pytest.mark.parametrize("name", DENSITIES)
 def test_times_are_drawn_as_their_density_says(name: str) -> None:
-    """Against the distribution functions, at nine places (scipy's kstest would say the same)."""
+    """Complaint 19, weights of time steps that do nothing: against the distribution functions, at nine places."""
     drawn = DENSITIES[name](20000, torch.Generator().manual_seed(0))
     assert ((drawn > 0) & (drawn < 1)).all()
     for s in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9):
