@@ -103,9 +103,11 @@ def customization_table() -> str:
     points = {
         "base": {"method": "base"},
         f"LoRA, {OPENED}": {"method": "lora", **full},
+        "LoRA, contained by half": {"method": "lora", "knob": "contain", "knob_value": 0.5},
+        "LoRA, contained": {"method": "lora", "knob": "contain", "knob_value": 1.0},
         f"atoms, {OPENED}": {"method": "atoms", **full},
-        "the same, contained by half": {"method": "atoms", "knob": "contain", "knob_value": 0.5},
-        "the same, contained": {"method": "atoms", "knob": "contain", "knob_value": 1.0},
+        "atoms, contained by half": {"method": "atoms", "knob": "contain", "knob_value": 0.5},
+        "atoms, contained": {"method": "atoms", "knob": "contain", "knob_value": 1.0},
         "LoRA, its gate on": {"method": "lora", "knob": "full", "gate": True},
         "atoms, their gate on": {"method": "atoms", "knob": "full", "gate": True},
     }

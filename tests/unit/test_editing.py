@@ -49,7 +49,7 @@ def mask() -> Image.Image:
 def test_variants_are_the_picture_and_small_moves_of_it_with_its_mask(
     picture: Image.Image, mask: Image.Image, tmp_path: Path
 ) -> None:
-    tune.write_data(tmp_path / "data", picture, SOURCE, mask, EditOptions(variants=6, flip=True))
+    tune.write_data(tmp_path / "data", picture, SOURCE, mask, EditOptions(variants=6, mirror=True))
     pictures = [np.asarray(Image.open(p), float) for p in sorted((tmp_path / "data").glob("??.png"))]
     masks = [np.asarray(Image.open(p), float) for p in sorted((tmp_path / "data").glob("*.mask.png"))]
     assert len(pictures) == len(masks) == 6
@@ -81,7 +81,7 @@ def test_tuning_stops_where_the_loss_has_stopped_falling(
 ) -> None:
     looks = iter(losses)
     monkeypatch.setattr(tune, "fixed_loss", lambda run: next(looks))
-    stop = tune.plateau(patience=2, every=5)
+    stop = tune.plateau(looks=2, every=5)
     done = [step for step in range(1, 5 * len(losses) + 1) if stop(SimpleNamespace(done=step))]  # type: ignore[arg-type]
     assert done[:1] == ([] if stops is None else [5 * stops])
 
@@ -199,7 +199,7 @@ def test_the_whole_way_by_command_and_function(
     mask.save(tmp_path / "mask.png")
     asked = ["edit", str(tmp_path / "kite.png"), "--source", SOURCE, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1]]
     asked += ["--base", str(bases["lumina2"]), "--sampler", "1", "--mask", str(tmp_path / "mask.png")]
-    train = ["--steps", "3", "--n-atoms", "4", "--lr", "0.1", "--sites", *(SHORT.sites or ()), "--patience", "0"]
+    train = ["--steps", "3", "--n-atoms", "4", "--lr", "0.1", "--sites", *(SHORT.sites or ()), "--looks", "0"]
     out = tmp_path / "out"
     assert main([*asked, *train, "--out", str(out), "--purity", "0", "0.5", "--keep", "1", "--strength", "1", "0"]) == 0
     text, err = capsys.readouterr()
@@ -257,7 +257,7 @@ def test_mistakes_are_told_before_anything_is_written(
             "`mask` must be a picture of mode L or 1, got RGB",
         ),
         (lambda: EditOptions(purity=()), "`purity` must have at least one value"),
-        (lambda: EditOptions(patience=-1), "`patience` must be 0 or more"),
+        (lambda: EditOptions(looks=-1), "`looks` must be 0 or more"),
         (lambda: EditOptions(keep=(2.0,)), "`keep` must be between 0 and 1, got 2.0"),
         (lambda: EditOptions(strength=(float("nan"),)), "`strength` must be finite numbers"),
         (

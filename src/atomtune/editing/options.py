@@ -39,12 +39,12 @@ class EditOptions:
     """Multipliers on the whole adapter."""
     variants: int = 8
     """Pictures to tune on: the picture, and as many less one of it shifted and scaled a little."""
-    flip: bool = False
+    mirror: bool = False
     """Mirror every second variant; not where words say left or right."""
     quick: bool = False
     """Tune for 50 steps, at few times (after FastEdit)."""
-    patience: int = 3
-    """Stop when the loss has hardly fallen over as many looks, 20 steps each. 0: never before the last step."""
+    looks: int = 3
+    """Stop when the loss has hardly fallen over so many looks, one every 20 steps. 0: never before the last step."""
     time: tuple[float, float] | None = None
     """From and to of the times at which the adapter takes part; 1 is noise, 0 the picture. None: all."""
     blend: float = 1.0
@@ -68,8 +68,8 @@ class EditOptions:
             raise UserError(f"`strength` must be finite numbers, got {self.strength}.")
         if self.variants < 1:
             raise UserError(f"`variants` must be at least 1, got {self.variants}.")
-        if self.patience < 0:
-            raise UserError(f"`patience` must be 0 or more, got {self.patience}.")
+        if self.looks < 0:
+            raise UserError(f"`looks` must be 0 or more, got {self.looks}.")
         if not 0 <= self.blend <= 1:
             raise UserError(f"`blend` must be between 0 and 1, got {self.blend}.")
 

@@ -39,7 +39,7 @@ def tune(
     write_data(out / "data", picture, source, mask, options)
     if options.quick:
         training = dataclasses.replace(training, **QUICK)
-    stop = plateau(options.patience) if options.patience else lambda run: False
+    stop = plateau(options.looks) if options.looks else lambda run: False
     return train(pipe, out / "data", out / "run", training, stop=stop, **more)
 
 
@@ -70,13 +70,13 @@ def variants(size: tuple[int, int], options: EditOptions) -> Iterator[Callable[[
         left = pad + width * (0.5 - scale / 2 + across)
         top = pad + height * (0.5 - scale / 2 + down)
         box = (left, top, left + width * scale, top + height * scale)
-        yield partial(cut, box=box, mirror=options.flip and i % 2 == 1)
+        yield partial(cut, box=box, mirror=options.mirror and i % 2 == 1)
 
 
-def plateau(patience: int, every: int = 20, least: float = 0.05) -> Callable[[Run], bool]:
+def plateau(looks: int, every: int = 20, least: float = 0.05) -> Callable[[Run], bool]:
     """Whether the loss on the picture itself, at fixed times and noises, has stopped falling.
 
-    Asked after each step, it looks every `every`: the last `patience` looks must have added at least the share `least`
+    Asked after each step, it looks every `every`: the last `looks` must have added at least the share `least`
     of what the loss had fallen since the first one.
     """
     losses: list[float] = []
@@ -85,10 +85,10 @@ def plateau(patience: int, every: int = 20, least: float = 0.05) -> Callable[[Ru
         if run.done % every:
             return False
         losses.append(fixed_loss(run))
-        if len(losses) <= patience + 1:
+        if len(losses) <= looks + 1:
             return False
-        before = min(losses[:-patience])
-        return before - min(losses[-patience:]) < least * (losses[0] - before)
+        before = min(losses[:-looks])
+        return before - min(losses[-looks:]) < least * (losses[0] - before)
 
     return stop
 
