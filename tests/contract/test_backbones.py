@@ -91,7 +91,7 @@ def trained(pipes: dict[str, Any], kites: Path, runs: Path) -> dict[str, tuple[P
         run, family = runs / f"contract-{name}", next(f for f in FAMILIES if f.name == name)
         # The base's own pictures, which gate and silence need, at two steps and not at fifty.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("atomtune.training.prepare.generate", partial(atomtune.generate, steps=STEPS))
+            patch.setattr("atomtune.training.encode.generate", partial(atomtune.generate, steps=STEPS))
             adapter = atomtune.train(pipes[name], kites, run, OPTIONS, progress=False)
         pictures = paint(pipes[name], family, [CONCEPT, *UNLIKE])
         adapter.remove()

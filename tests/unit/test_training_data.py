@@ -97,7 +97,7 @@ def batch(material: Material, pipe: Any, micro: int, **changes: Any) -> Batch:
 
 def clean(found: Batch) -> Tensor:
     """The latents that a batch was noised from: x - s v = x0."""
-    return found.x - found.s.view(-1, 1, 1, 1) * found.velocity
+    return found.x - found.s.view(-1, 1, 1, 1) * found.target
 
 
 # ----------------------------------------------------------------------------------------------------- caches
@@ -406,14 +406,14 @@ def test_masked_loss_weighs_the_subject(pipe: Any, ready: Callable[..., Material
     assert found.weight.shape == (2, 1, 8, 8)
     assert found.weight[..., :3].min() > 0.97
     assert found.weight[..., 5:].max() < 0.03
-    predicted = torch.zeros_like(found.velocity[:2])
+    predicted = torch.zeros_like(found.target[:2])
     spoilt = predicted.clone()
     spoilt[..., 6:] += 1e3
-    plain, masked = (objective.flow_matching(predicted, found.velocity[:2], w) for w in (None, found.weight))
-    by_hand = (found.velocity[:2].square() * found.weight).sum() / (found.weight.sum() * 4)
+    plain, masked = (objective.error(predicted, found.target[:2], w) for w in (None, found.weight))
+    by_hand = (found.target[:2].square() * found.weight).sum() / (found.weight.sum() * 4)
     assert torch.allclose(masked, by_hand)
     assert not torch.allclose(masked, plain)
-    assert torch.allclose(objective.flow_matching(predicted, found.velocity[:2], torch.ones(2, 1, 8, 8)), plain)
+    assert torch.allclose(objective.error(predicted, found.target[:2], torch.ones(2, 1, 8, 8)), plain)
     part = ready(mask_loss=0.25).buckets[0].weights
     assert part is not None
     assert part.min() == pytest.approx(0.75, abs=0.01)
