@@ -26,7 +26,7 @@ def test_a_grid_is_measured_once_and_told(tmp_path: Path, capsys: pytest.Capture
     assert str(tmp_path) not in json.dumps(stored)
     full = [r for r in stored["rows"] if r["method"] == "atoms" and r["knob"] == "full"]
     assert {r["gate"] for r in full} == {True, False}
-    assert {r["knob"] for r in stored["rows"] if r["method"] == "atoms"} == {"full", "atoms", "scale"}
+    assert {r["knob"] for r in stored["rows"] if r["method"] == "atoms"} == {"full", "atoms", "scale", "contain"}
     assert (tmp_path / "results/customization-alignment.svg").is_file()
     written = {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").glob("*.json")}
     assert len(written) == 3

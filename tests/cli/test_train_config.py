@@ -74,6 +74,8 @@ def test_every_option_survives_the_file(tmp_path: Path) -> None:
             changed[field.name] = {"trackers": ("wandb",), "hub": "me/it", "schedule": "linear"}.get(
                 field.name, {"optimizer": "lion", "mixed_precision": "bf16"}.get(field.name)
             )
+        elif kind.startswith("tuple[float"):
+            changed[field.name] = (0.25, 1.0)
         elif kind.startswith("tuple"):
             changed[field.name] = ("one", "two words")
         elif kind.startswith("bool"):
@@ -102,4 +104,4 @@ def test_recipes_are_valid(path: Path) -> None:
 def test_every_family_has_a_recipe() -> None:
     from atomtune.backbones import BACKBONES
 
-    assert {backbone.family.lower() for backbone in BACKBONES.values()} <= {path.stem for path in RECIPES}
+    assert {b.family.lower().replace(" ", "-") for b in BACKBONES.values()} <= {path.stem for path in RECIPES}

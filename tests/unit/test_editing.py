@@ -14,7 +14,7 @@ from PIL import Image
 from pipelines import random_atoms
 
 import atomtune
-from atomtune.backbones import backbone_of
+from atomtune.backbones import BACKBONES, backbone_of
 from atomtune.cli import main
 from atomtune.data.picture import to_tensor
 from atomtune.editing import tune
@@ -25,7 +25,9 @@ from atomtune.measure.edits import alignment, likeness
 from atomtune.scenes.render import render
 from atomtune.scenes.world import scene
 from atomtune.training.batch import draw
+from atomtune.training.encode import Bucket
 from atomtune.training.objective import among
+from atomtune.training.prepare import Item
 from atomtune.tuner import base_only
 
 SOURCE, PROMPTS = "a kite on a red background", ["a kite on a blue background", "a big kite"]
@@ -103,8 +105,10 @@ def test_chosen_times_are_the_only_ones() -> None:
     assert "times" not in TUNING.essence()
     with pytest.raises(UserError, match=r"`times` must lie in \[0, 1\], got \(0\.5, 2\.0\)"):
         dataclasses.replace(TUNING, times=(0.5, 2.0))
-    material = SimpleNamespace(latents=torch.zeros(2, 4, 8, 8), conditioning={})
-    batch = draw(material, None, options, 0, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
+    bucket = Bucket((8, 8), (0, 1), torch.zeros(1, 2, 4, 8, 8), torch.zeros(1, 2, 4), None, torch.zeros(0))
+    items = [Item(0, 0, 0), Item(0, 1, 0)]
+    material = SimpleNamespace(items=items, buckets=[bucket], conditioning={})
+    batch = draw(material, BACKBONES["Lumina2Pipeline"], options, 0, torch.Generator().manual_seed(0))  # type: ignore[arg-type]
     assert set(batch.s.tolist()) <= set(times)
 
 
