@@ -30,11 +30,19 @@ def material(shared: Any, kites: Path, runs: Path) -> Any:
     return prepare(shared, backbone_of(shared), kites, options, runs / "validation")
 
 
-def test_held_out_pictures_are_not_learned_from(material: Any) -> None:
+def test_held_out_pictures_are_not_learned_from(shared: Any, material: Any) -> None:
     learned, held = validation.split(material, 1, seed=0)
     assert (len(learned.latents), len(held.latents)) == (2, 1)
     assert set(learned.captions) | set(held.captions) == set(material.captions)
     assert not any(torch.equal(held.latents[0], latent) for latent in learned.latents)
+    assert len(learned.items) == 2
+    assert {learned.buckets[item.bucket].rows[item.place] for item in learned.items} == {0, 1}
+    shown = {
+        n
+        for i in range(3)
+        for n in draw(learned, backbone_of(shared), OPTIONS, i, generator_of(OPTIONS, i)).rows.tolist()
+    }
+    assert shown == {0, 1}, "rows of what is learned, numbered anew"
     assert validation.split(material, 0, seed=0) == (material, material)
     with pytest.raises(UserError, match="`held_out` must leave pictures to learn from: it is 3, and there are 3"):
         validation.split(material, 3, seed=0)
