@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_runs import log, tensors
+from tiny_runs import OPTIONS, log, tensors
 
 import atomtune
 from atomtune.backbones import backbone_of
 from atomtune.errors import UserError
 from atomtune.training import hub, trackers, validation
 from atomtune.training.base import KINDS, quantize
+from atomtune.training.batch import draw, generator_of
 from atomtune.training.loop import Run
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import pictured, prepare, spoken, unrelated_list
@@ -37,12 +38,8 @@ def test_held_out_pictures_are_not_learned_from(shared: Any, material: Any) -> N
     assert not any(torch.equal(held.latents[0], latent) for latent in learned.latents)
     assert len(learned.items) == 2
     assert {learned.buckets[item.bucket].rows[item.place] for item in learned.items} == {0, 1}
-    shown = {
-        n
-        for i in range(3)
-        for n in draw(learned, backbone_of(shared), OPTIONS, i, generator_of(OPTIONS, i)).rows.tolist()
-    }
-    assert shown == {0, 1}, "rows of what is learned, numbered anew"
+    batches = [draw(learned, backbone_of(shared), OPTIONS, i, generator_of(OPTIONS, i)) for i in range(3)]
+    assert {row for batch in batches for row in batch.rows.tolist()} == {0, 1}, "numbered anew"
     assert validation.split(material, 0, seed=0) == (material, material)
     with pytest.raises(UserError, match="`held_out` must leave pictures to learn from: it is 3, and there are 3"):
         validation.split(material, 3, seed=0)
