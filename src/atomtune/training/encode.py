@@ -191,8 +191,9 @@ def _joined(parts: Sequence[Conditioning]) -> Conditioning:
 
 
 def _weights_key(model: nn.Module) -> str:
-    """A hash of a network's weights, of its settings, and of the precision that it computes in."""
+    """A hash of a network's weights, of its settings, and of the precision, quantized or not, that it has."""
     settings = dict(model.config) if isinstance(model.config, dict) else {}
     # Where it was loaded from, and by which version, changes nothing.
     settings = {name: value for name, value in settings.items() if not name.startswith("_")}
-    return key(fingerprint(model), str(settings), str(model.dtype))
+    kinds = {f"{type(p).__name__} {p.dtype}" for p in model.parameters()}
+    return key(fingerprint(model), str(settings), *sorted(kinds))
