@@ -160,8 +160,8 @@ def _sweeps(entries: Sequence[Row]) -> list[list[Row]]:
     sweeps = _groups([entry for entry in entries if not _is_full(entry)], SWEEP)
     for points in sweeps:
         same = [e for e in entries if _is_full(e) and all(e.get(k) == points[0].get(k) for k in LINE)]
-        # Purity is a threshold, so that nothing is removed at 0.
-        end = {"knob_value": 0.0 if points[0]["knob"] == "purity" else 1.0}
+        # Both are thresholds: at 0 nothing is removed.
+        end = {"knob_value": 0.0 if points[0]["knob"] in ("purity", "contain") else 1.0}
         points += [{**entry, **{k: points[0].get(k) for k in SWEEP}, **end} for entry in same[:1]]
         points.sort(key=lambda entry: float(entry["knob_value"]))
     return sweeps
