@@ -58,8 +58,18 @@ class Encoder:
 
     def words(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts, each encoded by itself and kept."""
-        parts = [self.cache.get(key(self.text, prompt), partial(self._conditioning, [prompt])) for prompt in prompts]
-        return {name: value.to(self.device) for name, value in _joined(parts).items()}
+        return _joined([self._kept(prompt) for prompt in prompts])
+
+    def _kept(self, prompt: str) -> Conditioning:
+        """A prompt's conditioning; the cache holds tensors, so that a list of one is kept as its tensor."""
+
+        def make() -> dict[str, Tensor]:
+            found = self._conditioning([prompt]).items()
+            lists = {f"{name}.0": value[0] for name, value in found if isinstance(value, list)}
+            return lists | {name: value for name, value in found if not isinstance(value, list)}
+
+        kept = {name: value.to(self.device) for name, value in self.cache.get(key(self.text, prompt), make).items()}
+        return {name.removesuffix(".0"): [value] if name.endswith(".0") else value for name, value in kept.items()}
 
     def prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts of the gate, not kept: there are more of them than of anything else."""
