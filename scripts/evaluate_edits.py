@@ -51,7 +51,7 @@ def main() -> None:
     for subject in given.subjects:
         rows += of_subject(subject, given, options, training)
     result = {
-        "command": "python " + " ".join(sys.argv),
+        "command": " ".join(["python", f"scripts/{Path(__file__).name}", *sys.argv[1:]]),
         "atomtune": "0.1.0",
         "machine": f"{platform.machine()}, {platform.system()}",
         "started": started,

@@ -48,7 +48,7 @@ def main() -> None:
         rows += [{"subject": name} | row for row in curve]
         print(name, json.dumps(smoothness(curve)), flush=True)
     result = {
-        "command": "python " + " ".join(sys.argv),
+        "command": " ".join(["python", f"scripts/{Path(__file__).name}", *sys.argv[1:]]),
         "atomtune": "0.1.0",
         "machine": f"{platform.machine()}, {platform.system()}",
         "started": started,
