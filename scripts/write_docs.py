@@ -123,7 +123,7 @@ def kept_table() -> str:
         for share in (0.5, 0.25, 0.1):
             kept = {"knob": "atoms", "formula": "effect", "knob_value": share}
             points[f"{name}, {share:.0%} by effect"] = {"method": method, **kept}
-    return chosen("customization", points, ("similarity", "object_accuracy", "alignment", "inner_leak"))
+    return chosen("customization", points, ("similarity", "object_accuracy", "alignment"))
 
 
 def backbones_table() -> str:
