@@ -10,10 +10,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +20,7 @@ from PIL import Image
 
 import atomtune
 from atomtune.compare import tasks
+from atomtune.compare.results import write_result
 from atomtune.editing.options import TUNING, EditOptions
 from atomtune.editing.sweep import Edits, best, table
 from atomtune.explore.strips import save_edits
@@ -46,19 +45,12 @@ def main() -> None:
     training = dataclasses.replace(TUNING, steps=given.steps)
     if given.silence:
         training = dataclasses.replace(training, unrelated_batch=None, unrelated_pictures=32)
-    started, begin = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+    begin = time.monotonic()
     rows: list[dict[str, Any]] = []
     for subject in given.subjects:
         rows += of_subject(subject, given, options, training)
-    result = {
-        "command": " ".join(["python", f"scripts/{Path(__file__).name}", *sys.argv[1:]]),
-        "atomtune": "0.1.0",
-        "machine": f"{platform.machine()}, {platform.system()}",
-        "started": started,
-        "seconds": round(time.monotonic() - begin, 1),
-        "rows": rows,
-    }
-    given.results.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    command = " ".join(["python", f"scripts/{Path(__file__).name}", *sys.argv[1:]])
+    write_result(given.results, command, rows, time.monotonic() - begin)
 
 
 def of_subject(subject: str, given: Any, options: EditOptions, training: Any) -> list[dict[str, Any]]:

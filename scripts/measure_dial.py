@@ -10,15 +10,14 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
 import sys
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import atomtune
 from atomtune.adapter import base_of
+from atomtune.compare.results import write_result
 from atomtune.measure.painting import density_curve
 
 DENSITIES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -32,7 +31,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/dial.json"))
     given = parser.parse_args()
-    started, begin = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
+    begin = time.monotonic()
     rows: list[dict[str, Any]] = []
     for name, _, folder in (text.partition("=") for text in given.adapters):
         adapter = atomtune.load(atomtune.open_pipeline(base_of(folder) or "embedded"), folder)
@@ -47,15 +46,8 @@ def main() -> None:
         )
         rows += [{"subject": name} | row for row in curve]
         print(name, json.dumps(smoothness(curve)), flush=True)
-    result = {
-        "command": " ".join(["python", f"scripts/{Path(__file__).name}", *sys.argv[1:]]),
-        "atomtune": "0.1.0",
-        "machine": f"{platform.machine()}, {platform.system()}",
-        "started": started,
-        "seconds": round(time.monotonic() - begin, 1),
-        "rows": rows,
-    }
-    given.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    command = " ".join(["python", f"scripts/{Path(__file__).name}", *sys.argv[1:]])
+    write_result(given.out, command, rows, time.monotonic() - begin)
 
 
 def smoothness(curve: list[dict[str, float]]) -> dict[str, float]:

@@ -18,7 +18,8 @@ import pytest
 
 from atomtune.compare import runner
 from atomtune.compare.cells import Cell, Outcome, Store
-from atomtune.compare.runner import restore, rows, run, write_result
+from atomtune.compare.results import restore, rows, write_result
+from atomtune.compare.runner import run
 from atomtune.errors import UserError
 
 # What the children import. A cell does what its task says, and leaves a line in the file `trace`.

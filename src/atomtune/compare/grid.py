@@ -16,8 +16,9 @@ from atomtune.backbones import EMBEDDED, open_pipeline
 from atomtune.compare import plots, tables
 from atomtune.compare.cells import Cell
 from atomtune.compare.methods import BASE, METHODS, options_of, parse
-from atomtune.compare.runner import restore, run, write_result
-from atomtune.compare.runner import rows as rows_of
+from atomtune.compare.results import restore, write_result
+from atomtune.compare.results import rows as rows_of
+from atomtune.compare.runner import run
 from atomtune.compare.tasks import TASKS
 from atomtune.errors import UserError
 from atomtune.files import write_whole

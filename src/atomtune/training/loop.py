@@ -78,9 +78,8 @@ def train(
     `out` receives config.toml (with `settings` beside the options), log.jsonl, status.json, checkpoints/, samples/ and
     the adapter's own files. With validation it is the best one, by `validation_score`, and `last/` holds the last.
     With `resume` the newest whole checkpoint goes on, and its losses are those of an uninterrupted run. `stop` is asked
-    after each step whether that was the last. Raises
-    UserError on bad data or options before anything is trained or written, and on a loss that is not finite. After an
-    error the pipeline is the base again.
+    after each step whether that was the last. Raises UserError on bad data or options before anything is trained or
+    written, and on a loss that is not finite. After an error the pipeline is the base again.
     """
     options = options or TrainOptions()
     run, base, backbone = Path(out), denoiser(pipe), backbone_of(pipe)

@@ -1,0 +1,122 @@
+"""From outcomes of cells to a result file, and from that back to cells; what a result says of the machine."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from atomtune.compare.cells import Cell, Outcome, Row, Store, plain_rows
+from atomtune.errors import UserError
+from atomtune.files import write_whole
+
+
+def rows(outcomes: Iterable[Outcome]) -> list[Row]:
+    """All rows with the columns task, method, subject, seed and cell in front; a failed cell is one row, its error."""
+    found = []
+    for outcome in outcomes:
+        cell = outcome.cell
+        identity = {"task": cell.task, "method": cell.method, "subject": cell.subject, "seed": cell.seed}
+        identity["cell"] = cell.key
+        if outcome.rows is None:
+            found.append(identity | {"error": outcome.error})
+        else:
+            found += [identity | row for row in outcome.rows]
+    return found
+
+
+def restore(path: Path, cells: Iterable[Cell], folder: Path) -> int:
+    """Put those of the cells that a result file holds, and `folder` does not, into the folder; returns how many.
+
+    So a grid goes on from its stored result alone. Raises UserError where the file is not a result.
+    """
+    if not path.is_file():
+        return 0
+    try:
+        result = json.loads(path.read_bytes())
+        known, measured = result.get("cells", {}), [row for row in result["rows"] if "error" not in row]
+        by_key: dict[str, list[Row]] = {}
+        for row in measured:
+            by_key.setdefault(row.get("cell", ""), []).append(row)
+        store, restored = Store(folder), 0
+        for cell in cells:
+            if cell.key in known and cell.key in by_key and store.read(cell) is None:
+                store.write(Outcome(cell, plain_rows(by_key[cell.key]), None, **known[cell.key]))
+                restored += 1
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"`results` holds {path.name}, which is no whole result ({error}). Move it away.") from error
+    return restored
+
+
+def write_result(
+    path: Path,
+    command: str,
+    rows: Sequence[Mapping[str, Any]],
+    seconds: float,
+    *,
+    outcomes: Iterable[Outcome] = (),
+    started: str | None = None,
+    commit: str | None = None,
+    machine: str | None = None,
+) -> None:
+    """Write a result file, whole or not at all; absolute paths in it are cut to what says nothing of the machine.
+
+    `outcomes` say how the cells of the rows were measured: `restore` needs it. `started` is ISO time, None for
+    `seconds` ago; `machine` is None for processor and system.
+    """
+    import importlib.metadata
+
+    begin = datetime.now(UTC) - timedelta(seconds=seconds)
+    result = {
+        "command": _without_paths(command),
+        "atomtune": importlib.metadata.version("atomtune"),
+        **({} if commit is None else {"commit": commit}),
+        "machine": _without_paths(machine or f"{platform.machine()}, {platform.system()}"),
+        "started": started or begin.isoformat(timespec="seconds"),
+        "seconds": round(seconds, 1),
+    }
+    if measured := {
+        o.cell.key: {"seconds": round(o.seconds, 1), "code": o.code, "started": o.started}
+        for o in outcomes
+        if o.error is None
+    }:
+        result["cells"] = measured
+    result["rows"] = [
+        {column: _short(value) for column, value in row.items()} for row in (plain_rows(rows) if rows else ())
+    ]
+    fields = ",\n".join(f" {json.dumps(name)}: {_entries(value)}" for name, value in result.items())
+    write_whole(path, f"{{\n{fields}\n}}\n")
+
+
+def _short(value: Any) -> Any:
+    """Text without paths; six digits of a number are more than any measure is worth."""
+    if isinstance(value, str):
+        return _without_paths(value)
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _entries(value: Any) -> str:
+    """JSON with a line for each cell and row, so that a change of one shows as such."""
+    if isinstance(value, Mapping):
+        ends, entries = "{}", [f"{json.dumps(key)}: {json.dumps(inner)}" for key, inner in value.items()]
+    elif isinstance(value, list):
+        ends, entries = "[]", [json.dumps(inner, allow_nan=False) for inner in value]
+    else:
+        return json.dumps(value)
+    return ends[0] + ",".join(f"\n  {entry}" for entry in entries) + f"\n {ends[1]}"
+
+
+_EDGE = r"(?<![\w.~/-])"
+_PATH = re.compile(r"(?P<web>(?!file:)\b\w+://\S+)|" + _EDGE + r"(?:file://)?(?:/[^\s/'\"`:;,()\[\]{}<>|]+)+/?")
+
+
+def _without_paths(text: str) -> str:
+    """Paths below the working folder are made relative, others cut to their name; web addresses stay."""
+    for folder, short in ((Path.cwd(), ""), (Path.home(), "~/")):
+        if len(folder.parts) > 1:
+            text = re.sub(f"{_EDGE}{re.escape(str(folder))}/", short, text)
+    return _PATH.sub(lambda found: found[0] if found["web"] else f".../{Path(found[0]).name}", text)
