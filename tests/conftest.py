@@ -1,4 +1,5 @@
 import dataclasses
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,6 +30,8 @@ UNRELATED = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Shells ignore it in what they run in the background; some tests press Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # Raised by dynamo itself on any autograd.Function, and swallowed there unless warnings are errors.
     config.addinivalue_line("filterwarnings", "ignore:.*should not be instantiated:DeprecationWarning")
     # torch's own, when diffusers' DPM-Solver hands its tensors to NumPy 2.
