@@ -102,7 +102,9 @@ def train(
                 adapter_config(base, NAME).base_fingerprint = fingerprint(base)
                 shard(base, pipe.vae.device, processes, NAME)
             with base_only(base):
-                material = prepare(pipe, backbone, Path(data), options, run)
+                material = prepare(
+                    pipe, backbone, Path(data), options, run, adapter_config(base, NAME).base_fingerprint
+                )
             learned, held_out = validation.split(material, options.held_out, options.seed)
             settings = {"data": data, "base": base_name(pipe), **(settings or {})}
             if resume:

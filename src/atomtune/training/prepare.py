@@ -73,8 +73,13 @@ class Material:
     """What the user should know of all this."""
 
 
-def prepare(pipe: Any, backbone: Backbone, data: Path, options: TrainOptions, run: Path) -> Material:
-    """Scan the data and encode it; what is slow is cached beside the run, by content, item by item."""
+def prepare(
+    pipe: Any, backbone: Backbone, data: Path, options: TrainOptions, run: Path, base_print: str | None = None
+) -> Material:
+    """Scan the data and encode it; what is slow is cached beside the run, by content, item by item.
+
+    `base_print` is `Encoder`'s.
+    """
     found, added = triggered(scan(data, **options.scanning), options)
     samples, captions = found.samples, tuple(sample.caption for sample in found.samples)
     _check_concept(captions, options)
@@ -88,7 +93,7 @@ def prepare(pipe: Any, backbone: Backbone, data: Path, options: TrainOptions, ru
     held_out = tuple(p for p in held_out if not _mentions(p, options.concept))
     if not kept or not held_out:
         raise UserError("`unrelated` must hold prompts without the concept; all of them name it.")
-    encoder = Encoder(pipe, backbone, Cache(run.parent / ".cache"))
+    encoder = Encoder(pipe, backbone, Cache(run.parent / ".cache"), base_print)
     painted = pictured(captions, kept, options)
     pictures = encoder.paint(painted, square, options.seed + 1_000_000)
     near = len(class_prompts(captions, options))
