@@ -1,6 +1,6 @@
 """Sparse codes over dictionary atoms: pure torch, usable alone."""
 
-from .dictionary import Dictionary
+from .dictionary import Dictionary, stacked_codes
 from .ista import ista, spectral_bound
 from .penalties import dead_atoms, l0, silence, sparsity
 from .sparsifiers import SPARSIFIERS, Sparsifier, anneal_k, make_sparsifier
@@ -33,4 +33,5 @@ __all__ = [
     "silence",
     "sparsity",
     "spectral_bound",
+    "stacked_codes",
 ]

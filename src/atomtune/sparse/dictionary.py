@@ -1,6 +1,7 @@
 """A dictionary of atoms: codes are read from the input by an encoder, the delta is their sum of atoms."""
 
 import copy
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -136,6 +137,13 @@ class Dictionary(nn.Module):
     def forward(self, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         return self.decode(self.encode(x))
 
+    def stacks_with(self, other: "Dictionary") -> bool:
+        """Whether `stacked_codes` takes both at once: linear encoders, as many atoms, the same settings."""
+        mine, its = (
+            (d.encoder.shape, d.atoms.shape, d.normalize, d.bias is None, type(d.sparsifier)) for d in (self, other)
+        )
+        return self.method == other.method == "linear" and mine == its
+
     def select(self, index: Int[Tensor, " kept"]) -> "Dictionary":
         """A new dictionary of the atoms at `index`, in that order; ids and thresholds go with them."""
         index = _checked_index(index, self.n_atoms).to(self.encoder.device)
@@ -152,6 +160,22 @@ class Dictionary(nn.Module):
             f"d_in={self.d_in}, d_out={self.d_out}, n_atoms={self.n_atoms}, encoder={self.method}, "
             f"normalize={self.normalize}, bias={self.bias is not None}"
         )
+
+
+def stacked_codes(
+    dictionaries: Sequence[Dictionary], x: Float[Tensor, "blocks positions d_in"]
+) -> tuple[Float[Tensor, "blocks positions n_atoms"], Float[Tensor, "blocks positions n_atoms"]]:
+    """(pre-codes, codes) of each block by its own dictionary, in one product; all must `stacks_with` each other."""
+    first = dictionaries[0]
+    pre = torch.bmm(x, torch.stack([d.encoder for d in dictionaries]).to(x.dtype).mT)
+    if first.normalize:
+        pre = pre * InverseRms.apply(x).clamp_max(torch.finfo(pre.dtype).max).to(pre.dtype)
+    biases = [d.bias for d in dictionaries if d.bias is not None]
+    if biases:
+        pre = pre - torch.stack(biases).to(pre.dtype)[:, None]
+    if first.sparsifier.elementwise:
+        return pre, first.sparsifier(pre)
+    return pre, torch.stack([d.sparsifier(own) for d, own in zip(dictionaries, pre, strict=True)])
 
 
 def _check(**sizes: int) -> None:

@@ -18,6 +18,8 @@ class Sparsifier(nn.Module):
 
     k: int | None = None
     threshold: float | Tensor | None
+    elementwise = False
+    """Whether all of its kind compute the same of a single pre-code, so that one serves for several dictionaries."""
 
     def forward(self, pre_codes: Float[Tensor, "*batch n_atoms"]) -> Float[Tensor, "*batch n_atoms"]:
         raise NotImplementedError
@@ -37,6 +39,7 @@ class Dense(Sparsifier):
     """Identity, signed: this is LoRA."""
 
     threshold = None
+    elementwise = True
 
     def forward(self, pre_codes: Float[Tensor, "*batch n_atoms"]) -> Float[Tensor, "*batch n_atoms"]:
         return pre_codes
@@ -46,6 +49,7 @@ class Relu(Sparsifier):
     """max(pre, 0)."""
 
     threshold = 0.0
+    elementwise = True
 
     def forward(self, pre_codes: Float[Tensor, "*batch n_atoms"]) -> Float[Tensor, "*batch n_atoms"]:
         return torch.relu(pre_codes)

@@ -37,6 +37,7 @@ from atomtune.training.start import from_activations
 from atomtune.training.trackers import Trackers, chosen
 from atomtune.tuner import (
     AtomConfig,
+    Recording,
     adapter_config,
     atom_layers,
     attach,
@@ -191,16 +192,17 @@ def attach_atoms(pipe: Any, backbone: Backbone, options: TrainOptions, adapter: 
 
 
 def conclude(
-    pipe: Any, backbone: Backbone, material: Material, options: TrainOptions
+    pipe: Any, backbone: Backbone, material: Material, options: TrainOptions, name: str = NAME
 ) -> tuple[Adapter, dict[str, float]]:
     """After the last step: calibrate the gate, measure the atoms, put them in order; returns what the gate does."""
     base = denoiser(pipe)
-    gate_report = gating.calibrate(base, backbone, material, NAME) if options.gated else {}
-    statistics = measure(base, backbone, material.latents, material.conditioning, masks=material.masks)
+    gate_report = gating.calibrate(base, backbone, material, name) if options.gated else {}
+    statistics = measure(base, backbone, material.latents, material.conditioning, adapter=name, masks=material.masks)
     far = (~material.of_class).nonzero().flatten()
-    reach = reaches(base, backbone, material.unrelated_latents[far], select(material.unrelated_conditioning, far))
+    others = select(material.unrelated_conditioning, far)
+    reach = reaches(base, backbone, material.unrelated_latents[far], others, adapter=name)
     statistics = {site: found | reach[site] for site, found in statistics.items()}
-    return Adapter(pipe, order_by_importance(base, statistics)), gate_report
+    return Adapter(pipe, order_by_importance(base, statistics, name), name), gate_report
 
 
 @contextmanager
@@ -254,7 +256,9 @@ class Run:
         processes: PartialState,
         held_out: Material | None = None,
         trackers: Trackers | None = None,
+        name: str = NAME,
     ) -> None:
+        self.name = name
         self.pipe, self.backbone, self.material, self.options = pipe, backbone, material, options
         self.run, self.processes, self.trackers = run, processes, trackers
         self.held_out = held_out or material
@@ -263,7 +267,7 @@ class Run:
         # float16 alone needs it: small gradients would vanish.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.mixed_precision == "fp16")
         if options.data_start:
-            from_activations(self.base, backbone, material, options, NAME)
+            from_activations(self.base, backbone, material, options, self.name)
         self.optimizer = self._optimizer()
         self.ema = Ema(self.parameters(), options.ema) if options.ema else None
         self.done = 0
@@ -275,9 +279,9 @@ class Run:
         self.pace = Pace(say)
 
     def _optimizer(self) -> Any:
-        layers = atom_layers(self.base, NAME)
-        dictionaries = [p for layer in layers.values() for p in layer.dictionary(NAME).parameters()]
-        gate = prompt_gate(self.base, NAME)
+        layers = atom_layers(self.base, self.name)
+        dictionaries = [p for layer in layers.values() for p in layer.dictionary(self.name).parameters()]
+        gate = prompt_gate(self.base, self.name)
         return optimizers.make(
             self.options, dictionaries, list(gate.parameters()) if gate else [], gating.LEARNING_RATE
         )
@@ -286,7 +290,7 @@ class Run:
         found = checkpoints.newest(self.run)
         if found is not None:
             self.done, folder = found
-            self.optimizer, loop = checkpoints.restore(folder, self.base, self._optimizer, NAME)
+            self.optimizer, loop = checkpoints.restore(folder, self.base, self._optimizer, self.name)
             if self.ema:
                 self.ema = Ema(self.parameters(), self.options.ema)
             self._set_state(loop)
@@ -319,8 +323,7 @@ class Run:
                 if self._due(o.validate_every):
                     terms |= self.validate()
                 speed = {"pictures_per_second": round(o.batch_size * o.grad_accumulation / seconds, 2)}
-                line = {"step": self.done, **{k: round(v, 6) for k, v in terms.items()}}
-                print(json.dumps(line | speed), file=log, flush=True)
+                print(self.line(terms | speed), file=log, flush=True)
                 if self.trackers:
                     self.trackers.log(terms | speed | {"lr": self.optimizer.param_groups[0]["lr"]}, self.done)
                 bar.update()
@@ -333,6 +336,10 @@ class Run:
                     raise KeyboardInterrupt
                 if self._due(o.sample_every):
                     self.sample()
+
+    def line(self, terms: dict[str, float]) -> str:
+        """A line of log.jsonl."""
+        return json.dumps({"step": self.done, **{k: round(v, 6) for k, v in terms.items()}})
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.done % every == 0
@@ -370,7 +377,7 @@ class Run:
             return
         keep = self.options.keep_checkpoints
         state = (self._state(), self._schedule())
-        checkpoints.save(self.run, self.done, self.base, self.optimizer, NAME, keep, *state)
+        checkpoints.save(self.run, self.done, self.base, self.optimizer, self.name, keep, *state)
         self._set_status("training")
 
     def _state(self) -> dict[str, Tensor]:
@@ -415,7 +422,7 @@ class Run:
     def validate(self) -> dict[str, float]:
         """The numbers of `validation.validate`, the same on every process; the best adapter so far is kept."""
         with self.as_saved():
-            with open_gate(self.base, NAME), self._autocast():
+            with open_gate(self.base, self.name), self.autocast():
                 found = validation.validate(self.base, self.backbone, self.held_out, self.options.seed)
             if self.processes.num_processes > 1:
                 values = reduce(torch.tensor(list(found.values()), device=self.device), "mean").tolist()
@@ -424,10 +431,11 @@ class Run:
             if self.best is None or score < self.best[0]:
                 self.best = score, self.done
                 if self.processes.is_main_process:
-                    save(self.base, checkpoints.best_of(self.run), NAME)
+                    save(self.base, checkpoints.best_of(self.run), self.name)
         return found
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """The precision of forwards."""
         dtype = torch.float16 if self.options.mixed_precision == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype=dtype, enabled=self.options.mixed_precision != "no")
 
@@ -441,7 +449,7 @@ class Run:
         try:
             with torch.no_grad(), self.as_saved(), self._calibrated():
                 if main:
-                    save(self.base, folder / "adapter", NAME)
+                    save(self.base, folder / "adapter", self.name)
                 pictures = generate(self.pipe, prompts, seed=self.options.seed)
             for i, picture in enumerate(pictures if main else ()):
                 picture.save(folder / f"step-{self.done:06d}-{i}.png")
@@ -451,16 +459,24 @@ class Run:
     def _calibrated(self) -> AbstractContextManager[None]:
         if not self.options.gated:
             return nullcontext()
-        return gating.calibrated(self.base, self.backbone, self.material, NAME)
+        return gating.calibrated(self.base, self.backbone, self.material, self.name)
 
     def step(self, step: int) -> dict[str, float]:
         """One optimizer step; returns every term of the loss under its own name."""
+        self.begin(step)
+        terms = self.backward(step)
+        return self.update(step, terms)
+
+    def begin(self, step: int) -> None:
+        """Learning rate and `k` of a step."""
         o = self.options
         factor = optimizers.schedule(step, o.steps, o.schedule, o.warmup, o.floor)
         for group in self.optimizer.param_groups:
             group["lr"] = group["rate"] * factor
         self._set_k(step)
-        terms = self.backward(step)
+
+    def update(self, step: int, terms: dict[str, float]) -> dict[str, float]:
+        """The optimizer's part of a step, once there are gradients; returns the terms and their sum."""
         self._update(step)
         return {"loss": sum(v for k, v in terms.items() if k != "l0"), **terms}
 
@@ -468,20 +484,31 @@ class Run:
         """Gradients of a step, the mean over its micro-batches and over the processes."""
         o = self.options
         terms: dict[str, float] = {}
-        # The gate learns from labels; here it stands open, so that atoms learn to be silent themselves. In
-        # backward too: gradient checkpointing runs the forward again.
-        with open_gate(self.base, NAME), self._taking_part(step):
+        with self.taking_part(step):
             for part in range(o.grad_accumulation):
-                losses = self._losses(self._micro(step, part))
-                l0 = losses.pop("l0")
-                total = torch.stack(list(losses.values())).sum()
-                if not math.isfinite(total.item()):
-                    raise UserError(self._not_finite(step, losses))
-                self.scaler.scale(total / o.grad_accumulation).backward()
-                for name, value in {**losses, "l0": l0}.items():
-                    terms[name] = terms.get(name, 0.0) + value.item() / o.grad_accumulation
+                self.total(step, self._losses(self.micro(step, part)), terms).backward()
         mean_gradients(self.parameters(), self.processes)
         return terms
+
+    def total(self, step: int, losses: dict[str, Tensor], terms: dict[str, float]) -> Tensor:
+        """What a micro-batch adds to the loss of a step, to be differentiated; its terms are added to `terms`."""
+        l0, share = losses.pop("l0"), 1 / self.options.grad_accumulation
+        total = torch.stack(list(losses.values())).sum()
+        if not math.isfinite(total.item()):
+            raise UserError(self._not_finite(step, losses))
+        for name, value in {**losses, "l0": l0}.items():
+            terms[name] = terms.get(name, 0.0) + value.item() * share
+        return self.scaler.scale(total * share)
+
+    @contextmanager
+    def taking_part(self, step: int) -> Iterator[None]:
+        """Inside, forwards and backwards are those of a step.
+
+        The gate learns from labels; here it stands open, so that atoms learn to be silent themselves. In backward too:
+        gradient checkpointing runs the forward again.
+        """
+        with open_gate(self.base, self.name), self._taking_part(step):
+            yield
 
     def _taking_part(self, step: int) -> ExitStack:
         """Which atoms take part in a step, and from which code on, as lots drawn anew each step say.
@@ -493,23 +520,23 @@ class Run:
         share, lot = (torch.rand((), generator=generator).item() for _ in range(2))
         if self.options.nested:
             values = {}
-            for site, layer in atom_layers(self.base, NAME).items():
-                strength = torch.zeros(layer.r[NAME])
+            for site, layer in atom_layers(self.base, self.name).items():
+                strength = torch.zeros(layer.r[self.name])
                 strength[: math.ceil(share * len(strength))] = 1
                 values[site] = strength
-            stack.enter_context(strengths(self.base, values, NAME))
+            stack.enter_context(strengths(self.base, values, self.name))
         if self.options.contain and step > CONTAIN_FROM * self.options.steps and lot > 0.5:
             floors = {site: (2 * lot - 1) * reach for site, reach in self.reach.items()}
-            stack.enter_context(contained(self.base, floors, NAME))
+            stack.enter_context(contained(self.base, floors, self.name))
         return stack
 
     @torch.no_grad()
-    def _follow(self, codes: dict[str, list[Tensor]], batch: Batch, grid: Grid) -> None:
+    def _follow(self, codes: dict[str, list[Tensor]], batch: Batch, grid: Grid, backbone: Backbone) -> None:
         """What atoms reach on unrelated pictures, those of the class left out: they may well be like the concept."""
         far = torch.arange(len(batch.x)) >= len(batch.rows)
         far[batch.others] = ~self.material.of_class[batch.picks]
         for site, calls in codes.items():
-            found, layout = placed(self.backbone, site, calls[-1], batch.conditioning, grid)
+            found, layout = placed(backbone, site, calls[-1], batch.conditioning, grid)
             real = layout.real & far.to(self.device)[:, None]
             sizes = torch.where(real[..., None], found.abs().float(), 0).flatten(0, -2).amax(0)
             self.reach[site] = torch.maximum(FORGET * self.reach.get(site, torch.zeros_like(sizes)), sizes)
@@ -519,7 +546,7 @@ class Run:
         """What the optimizer trains."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
-    def _micro(self, step: int, part: int) -> int:
+    def micro(self, step: int, part: int) -> int:
         """Number of a micro-batch: no two processes see the same one."""
         n = self.processes.num_processes
         return (step * self.options.grad_accumulation + part) * n + self.processes.process_index
@@ -539,8 +566,8 @@ class Run:
     def _set_k(self, step: int) -> None:
         if self.options.k is None:
             return
-        for layer in atom_layers(self.base, NAME).values():
-            dictionary = layer.dictionary(NAME)
+        for layer in atom_layers(self.base, self.name).values():
+            dictionary = layer.dictionary(self.name)
             share = min(1.0, step / max(1, ANNEAL * self.options.steps))
             dictionary.sparsifier.k = anneal_k(share, dictionary.n_atoms, min(self.options.k, dictionary.n_atoms))
 
@@ -549,33 +576,57 @@ class Run:
         o, m, backbone = self.options, self.material, self.backbone
         generator = generator_of(o, micro)
         batch = draw(m, backbone, o, micro, generator)
+        with self.autocast(), record(self.base, self.name) as recording:
+            predicted = backbone.predict(self.base, batch.x, batch.s, batch.conditioning)
+        plain = None
+        if self.needs_base:
+            with self.autocast():
+                others = batch.others
+                plain = self._base_prediction(batch.x[others], batch.s[others], batch.conditioning_of(others))
+        return self.losses(batch, backbone, generator, recording, predicted, plain)
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether a step needs the base's own prediction of unrelated rows."""
+        return bool(self.options.unrelated_rows and self.options.distill)
+
+    def losses(
+        self,
+        batch: Batch,
+        backbone: Backbone,
+        generator: torch.Generator,
+        recording: Recording,
+        predicted: Tensor,
+        plain: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """The weighted terms, and l0, of a batch that was drawn from `generator`.
+
+        `recording` and `predicted` are of its rows; `plain` is the base's prediction of the unrelated ones.
+        """
+        o, m = self.options, self.material
         concept, others = batch.concept, batch.others
         grid = backbone.grid(self.base, batch.x)
-        with self._autocast(), record(self.base, NAME) as recording:
-            predicted = backbone.predict(self.base, batch.x, batch.s, batch.conditioning)
         losses = {"task": objective.error(predicted[concept], batch.target[concept], batch.weight)}
         if o.unrelated_rows and o.silence:
             quiet = objective.silence(recording, backbone, batch.conditioning, grid, others, o.margin)
             losses["silence"] = o.silence * quiet
         if o.unrelated_rows and o.contain:
-            self._follow(recording.codes, batch, grid)
+            self._follow(recording.codes, batch, grid, backbone)
         if o.inner:
             around = objective.around(recording, backbone, batch.conditioning, 1 - batch.masks, grid, o.margin)
             losses["inner"] = o.inner * around
         if o.unrelated_rows and o.prior:
             losses["prior"] = o.prior * objective.error(predicted[others], batch.target[others])
-        if o.unrelated_rows and o.distill:
-            with self._autocast():
-                plain = self._base_prediction(batch.x[others], batch.s[others], batch.conditioning_of(others))
+        if plain is not None:
             losses["distill"] = o.distill * objective.error(predicted[others], plain)
         if o.sparsity:
-            layers = atom_layers(self.base, NAME)
-            atoms = {site: layer.dictionary(NAME).atoms for site, layer in layers.items()}
+            layers = atom_layers(self.base, self.name)
+            atoms = {site: layer.dictionary(self.name).atoms for site, layer in layers.items()}
             losses["sparsity"] = o.sparsity * objective.sparsity(recording, atoms, concept)
         if o.dead:
             losses["dead"] = o.dead * self._wake(recording.pre_codes)
         if o.gated:
-            losses["gate"] = gating.loss(self.base, backbone, m, generator, NAME)
+            losses["gate"] = gating.loss(self.base, backbone, m, generator, self.name)
         return losses | {"l0": torch.tensor(objective.mean_l0(recording, concept))}
 
     @torch.no_grad()

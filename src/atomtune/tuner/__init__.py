@@ -4,10 +4,12 @@ from .config import FORMAT_VERSION, AtomConfig
 from .gate import GateShares, PromptGate, hold_gate, open_gate, override_gate, prompt_gate, read_gates
 from .layer import AtomLinear
 from .model import (
+    BASE,
     AtomModel,
     Recording,
     activate,
     adapter_config,
+    assigned,
     atom_layers,
     attach,
     base_only,
@@ -21,6 +23,7 @@ from .store import fingerprint, load, load_statistics, prune, save
 register(AtomConfig, AtomModel)
 
 __all__ = [
+    "BASE",
     "FORMAT_VERSION",
     "AtomConfig",
     "AtomLinear",
@@ -30,6 +33,7 @@ __all__ = [
     "Recording",
     "activate",
     "adapter_config",
+    "assigned",
     "atom_layers",
     "attach",
     "base_only",

@@ -1,5 +1,8 @@
 """One site: a frozen linear layer plus, for each adapter, a dictionary of atoms."""
 
+import itertools
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
@@ -8,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from atomtune.errors import UserError
-from atomtune.sparse import Dictionary
+from atomtune.sparse import Dictionary, stacked_codes
 
 from .config import AtomConfig
 
@@ -82,6 +85,8 @@ class AtomLinear(nn.Module, AtomLayer):
         self.steering: dict[str, Tensor] = {}
         self.floors: dict[str, Tensor] = {}
         self.recorders: dict[str, list[tuple[list[Tensor], list[Tensor]]]] = {}
+        self.assigned: Sequence[str] | None = None
+        """The adapter of each row, for a while: `model.assigned` sets it."""
 
     def update_layer(self, adapter: str, config: AtomConfig, n_atoms: int) -> None:
         """Add an adapter, in float32 whatever the base's dtype, on the base layer's device."""
@@ -152,21 +157,83 @@ class AtomLinear(nn.Module, AtomLayer):
             return result
         if adapter_names is not None:
             return self._mixed_batch(result, x, adapter_names)
+        if self.assigned is not None:
+            # Guidance may run its branches as one batch: all rows in order, once for each.
+            return self._mixed_batch(result, x, [*self.assigned] * (len(x) // len(self.assigned)))
         for adapter in self.active_adapters:
             if adapter in self.atom_dictionary:
                 result = self._add(result, self._codes(x, adapter), adapter)
         return result
 
-    def _mixed_batch(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
-        if len(adapter_names) != len(x):
-            raise UserError(f"`adapter_names` must name one adapter a sample ({len(x)}), got {len(adapter_names)}.")
-        for adapter in dict.fromkeys(adapter_names):
-            if adapter in self.atom_dictionary:
-                chosen = [row for row, name in enumerate(adapter_names) if name == adapter]
-                rows = torch.tensor(chosen, device=x.device)
-                codes = self._codes(x[rows], adapter, rows)
-                result = result.index_copy(0, rows, self._add(result[rows], codes, adapter))
+    def _mixed_batch(self, result: Tensor, x: Tensor, names: Sequence[str]) -> Tensor:
+        """Each row by its own adapter; rows whose adapter has no atoms here, such as `__base__`, stay as they are."""
+        if len(names) != len(x):
+            raise UserError(f"`adapter_names` must name one adapter a sample ({len(x)}), got {len(names)}.")
+        chosen = [row for row, name in enumerate(names) if name in self.atom_dictionary]
+        if not chosen:
+            return result
+        rows = torch.tensor(chosen, device=x.device)
+        some = len(chosen) < len(x)
+        own, added = [names[row] for row in chosen], (result[rows], x[rows]) if some else (result, x)
+        blocks = self._in_blocks(*added, own, rows) if self._stacks(own) else self._one_by_one(*added, own, rows)
+        return result.index_copy(0, rows, blocks) if some else blocks
+
+    def _stacks(self, names: Sequence[str]) -> bool:
+        distinct = list(dict.fromkeys(names))
+        first = self.dictionary(distinct[0])
+        steered = any(name in self.steering for name in distinct)
+        return not steered and all(first.stacks_with(self.dictionary(name)) for name in distinct)
+
+    def _one_by_one(self, result: Tensor, x: Tensor, names: Sequence[str], rows: Tensor) -> Tensor:
+        for adapter in dict.fromkeys(names):
+            mine = torch.tensor([at for at, name in enumerate(names) if name == adapter], device=x.device)
+            codes = self._codes(x[mine], adapter, rows[mine])
+            result = result.index_copy(0, mine, self._add(result[mine], codes, adapter))
         return result
+
+    def _in_blocks(self, result: Tensor, x: Tensor, names: Sequence[str], rows: Tensor) -> Tensor:
+        """All rows at once: as many blocks of neighbours as are of one adapter each, a batched product over them."""
+        size = math.gcd(*(len(list(same)) for _, same in itertools.groupby(names)))
+        heads = names[::size]
+        dictionaries = [self.dictionary(name) for name in heads]
+        pre, codes = stacked_codes(dictionaries, x.reshape(len(heads), -1, self.in_features))
+        self._record_blocks(heads, size, (*x.shape[:-1], pre.shape[-1]), pre, codes)
+        if any(name in self.floors for name in heads):
+            never = pre.new_full(pre.shape[-1:], -math.inf, dtype=torch.float32)
+            floors = torch.stack([self.floors.get(name, never) for name in heads])
+            codes = codes.masked_fill(codes.abs() <= floors[:, None], 0)
+        factors = [self._factor(name, rows[at * size :][:size]) for at, name in enumerate(heads)]
+        shape = (len(heads), size, -1, pre.shape[-1])
+        factor = torch.stack([f.expand(size, shape[-1]) for f in factors])[:, :, None].to(codes.dtype)
+        dtype, codes = result.dtype, (codes.view(shape) * factor).flatten(1, 2)
+        with torch.autocast(result.device.type, enabled=False):
+            atoms = torch.stack([d.atoms for d in dictionaries]).to(dtype)
+            added = torch.baddbmm(result.reshape(len(heads), -1, self.out_features), codes.to(dtype), atoms)
+        return added.view(result.shape)
+
+    def _factor(self, adapter: str, rows: Tensor) -> Tensor:
+        """What multiplies the codes of some rows: (n_atoms,), or with a gate a row, (rows, n_atoms)."""
+        factor = self.atom_strength[adapter] * self.scaling[adapter]
+        if adapter not in self.gates:
+            return factor
+        gate = self.gates[adapter].of_atoms(adapter, self.dictionary(adapter).atom_ids)
+        if gate.ndim and len(gate) > 1:
+            gate = gate[rows]
+        return factor * (gate[:, None] if gate.ndim == 1 else gate)
+
+    def _record_blocks(self, heads: Sequence[str], size: int, shape: tuple[int, ...], *values: Tensor) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            return
+        for adapter in dict.fromkeys(name for name in heads if self.recorders.get(name)):
+            at = [number for number, name in enumerate(heads) if name == adapter]
+            # Neighbours, as a training batch has them, are a view.
+            found = [
+                v[at[0] : at[-1] + 1] if at[-1] - at[0] == len(at) - 1 else v[torch.tensor(at, device=v.device)]
+                for v in values
+            ]
+            for pair in self.recorders[adapter]:
+                for seen, value in zip(pair, found, strict=True):
+                    seen.append(value.reshape(len(at) * size, *shape[1:]))
 
     def _codes(self, x: Tensor, adapter: str, rows: Tensor | None = None) -> Tensor:
         dictionary = self.dictionary(adapter)

@@ -3,7 +3,7 @@
 import copy
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,6 +24,8 @@ from .register import PREFIX
 # What PEFT, torch.compile, DDP and FSDP put into the names of modules.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:base_layer|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _OWNED = ("atom_dictionary", "gates")
+BASE = "__base__"
+"""Of a row without an adapter, in a mixed batch; PEFT's word."""
 
 
 def site_name(path: str) -> str:
@@ -130,7 +132,7 @@ class AtomModel(BaseTuner):
             return
         if self.training:
             raise UserError("`adapter_names` works for inference only. Call `model.eval()` first.")
-        unknown = set(names) - set(self.peft_config) - {"__base__"}
+        unknown = set(names) - set(self.peft_config) - {BASE}
         if unknown:
             raise UserError(f"`adapter_names` must name attached adapters, got {', '.join(sorted(unknown))}.")
         # Beam search repeats each sample.
@@ -319,6 +321,28 @@ def activate(model: Any, *adapters: str) -> None:
     for layer in base.modules():
         if isinstance(layer, AtomLayer):
             layer._active_adapter = list(adapters)
+
+
+@contextmanager
+def assigned(model: Any, names: Sequence[str]) -> Iterator[None]:
+    """Inside, each row of a forward has its own adapter, or `__base__`, whichever are active; in training too.
+
+    The rows are those of `names` in order; with guidance in one batch, once for each branch. It is PEFT's
+    `adapter_names`, without a PeftModel. Raises UserError on a name that is not attached.
+    """
+    base = unwrap(model)
+    for name in dict.fromkeys(names):
+        if name != BASE:
+            adapter_config(base, name)
+    layers = [module for module in base.modules() if isinstance(module, AtomLinear)]
+    before = [layer.assigned for layer in layers]
+    for layer in layers:
+        layer.assigned = tuple(names)
+    try:
+        yield
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            layer.assigned = old
 
 
 @contextmanager
