@@ -1,6 +1,6 @@
 """The PEFT method: importing this package registers it, so that PEFT's own loaders know the files."""
 
-from .config import FORMAT_VERSION, AtomConfig
+from .config import FORMAT_VERSION, AtomConfig, close_names
 from .gate import GateShares, PromptGate, hold_gate, open_gate, override_gate, prompt_gate, read_gates
 from .layer import AtomLinear
 from .model import (
@@ -37,6 +37,7 @@ __all__ = [
     "atom_layers",
     "attach",
     "base_only",
+    "close_names",
     "fingerprint",
     "hold_gate",
     "load",

@@ -1,0 +1,120 @@
+"""Several adapters in one batch: each row as alone, in training and in serving."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tuner_models import Plain
+
+import atomtune
+from atomtune.errors import UserError
+from atomtune.serving import Server
+from atomtune.training.many import Job, train_many
+from atomtune.training.options import TrainOptions
+from atomtune.tuner import BASE, AtomConfig, activate, assigned, atom_layers, attach
+
+SITES = ("layers.0.attn.to_q", "layers.1.attn.to_v")
+
+
+def _options(concept: str, **fields: Any) -> TrainOptions:
+    given: dict[str, Any] = {"steps": 4, "n_atoms": 4, "lr": 0.05, "batch_size": 2, "unrelated_pictures": 4}
+    return TrainOptions(concept, sites=SITES, **given | fields)
+
+
+@pytest.fixture(scope="module")
+def root(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two concepts trained by themselves, and together."""
+    folder = tmp_path_factory.mktemp("many")
+    pipe = atomtune.open_pipeline(str(bases["lumina2"]))
+    jobs = []
+    for concept, shade in (("sks dog", 60), ("zyx bird", 200)):
+        data = folder / concept[:3]
+        data.mkdir()
+        for i in range(2):
+            Image.new("RGB", (64, 64), (shade, 90 * i, 255 - shade)).save(data / f"{i}.png")
+            (data / f"{i}.txt").write_text(f"a {concept} on a {('red', 'very dark blue')[i]} background")
+        atomtune.train(pipe, data, folder / f"alone-{concept[:3]}", _options(concept), progress=False).remove()
+        jobs.append(Job(data, folder / f"many-{concept[:3]}", _options(concept)))
+    assert train_many(pipe, jobs, progress=False) == [job.out for job in jobs]
+    assert not hasattr(pipe.transformer, "peft_config")
+    return folder
+
+
+@pytest.mark.parametrize("concept", ["sks", "zyx"])
+def test_trained_together_as_alone(root: Path, concept: str) -> None:
+    alone, many = (load_file(root / f"{how}-{concept}/adapter_model.safetensors") for how in ("alone", "many"))
+    assert alone.keys() == many.keys()
+    for key, value in alone.items():
+        torch.testing.assert_close(many[key], value, rtol=1e-3, atol=1e-4, msg=key)
+    assert (root / f"many-{concept}/log.jsonl").read_text().count("\n") == 4
+    assert (root / f"many-{concept}/checkpoints/step-000004").is_dir()
+
+
+@pytest.mark.parametrize("field", [{"sparsity": 0.1}, {"sparsifier": "batch_topk", "k": 2}, {"buckets": True}])
+def test_what_cannot_be_trained_together(field: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(field)) if len(field) == 1 else "batch_topk"):
+        train_many(None, [Job(Path("a"), Path("b"), _options("sks", **field))])
+
+
+def test_options_that_differ() -> None:
+    jobs = [Job(Path("a"), Path(out), _options("sks", n_atoms=n)) for out, n in (("b", 4), ("c", 8))]
+    with pytest.raises(UserError, match="`n_atoms` must be the same"):
+        train_many(None, jobs)
+
+
+@pytest.fixture
+def plain() -> Iterator[Plain]:
+    torch.manual_seed(0)
+    yield Plain().eval()
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (4, 6)])
+@pytest.mark.parametrize("sparsifier", ["relu", "topk", "jumprelu"])
+def test_rows_have_adapters_of_their_own(plain: Plain, sizes: tuple[int, int], sparsifier: str) -> None:
+    x = torch.randn(5, 8, requires_grad=True)
+    expected_base = plain(x)
+    for name, size in zip("ab", sizes, strict=True):
+        attach(plain, AtomConfig(n_atoms=size, k=2, sparsifier=sparsifier, threshold=0.1, target_modules=["up"]), name)
+        for layer in atom_layers(plain, name).values():
+            torch.nn.init.normal_(layer.dictionary(name).atoms)
+    names = ["a", "a", "b", BASE, "a"]
+    alone = {}
+    for name in "ab":
+        activate(plain, name)
+        alone[name] = plain(x)
+    with assigned(plain, names):
+        mixed = plain(x)
+    for row, name in enumerate(names):
+        if name == BASE:
+            assert torch.equal(mixed[row], expected_base[row])
+        else:
+            torch.testing.assert_close(mixed[row], alone[name][row], rtol=1e-4, atol=1e-5)
+    mixed.sum().backward()
+    with pytest.raises(UserError, match="No atom adapter 'nobody'"), assigned(plain, ["nobody"]):
+        pass
+
+
+def test_serving(root: Path, bases: dict[str, Path]) -> None:
+    pipe = atomtune.open_pipeline(str(bases["lumina2"]))
+    folders = {name: root / f"alone-{name[:3]}" for name in ("sks", "zyx", "sks-2")}
+    requests = [("sks", "a sks dog"), (None, "a sks dog"), ("zyx", "a zyx bird"), ("sks-2", "a sks dog")]
+    call = {"num_inference_steps": 2}
+    plain = atomtune.generate(pipe, [prompt for _, prompt in requests], seed=[0, 0, 1, 0], batch_size=2, **call)
+    server = Server(pipe, folders, held=2)
+    painted = server.generate(requests, seeds=[0, 0, 1, 0], **call)
+    assert list(server.slots) == ["zyx", "sks-2"]
+    assert server.loads == 3
+    assert np.array_equal(painted[1], plain[1])
+    server.close()
+    for at in (0, 2):
+        adapter = atomtune.load(pipe, folders[requests[at][0] or ""])
+        (alone,) = atomtune.generate(pipe, [requests[at][1]], seed=[0, 0, 1, 0][at], **call)
+        adapter.remove()
+        assert np.abs(np.asarray(alone, int) - np.asarray(painted[at], int)).max() <= 1
+    with pytest.raises(UserError, match="No adapter is named 'sk'. Did you mean `sks`"):
+        server.generate([("sk", "a")], seeds=[0])
