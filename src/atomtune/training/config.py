@@ -8,8 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from atomtune.errors import UserError
-from atomtune.training.options import close
+from atomtune.errors import UserError, did_you_mean
 
 
 def read(path: Path, known: Collection[str]) -> dict[str, Any]:
@@ -20,7 +19,7 @@ def read(path: Path, known: Collection[str]) -> dict[str, Any]:
         raise UserError(f"`config` can't be read: {path}: {error}.") from error
     for name, value in values.items():
         if name not in known:
-            raise UserError(f"{path}: unknown option {name!r}.{close(name, known)}")
+            raise UserError(f"{path}: unknown option {name!r}.{did_you_mean(name, known)}")
         if not isinstance(value, bool | int | float | str | list):
             raise UserError(f"{path}: `{name}` must be a value, got {value!r}.")
     return values

@@ -19,10 +19,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from atomtune.errors import UserError
+from atomtune.errors import UserError, did_you_mean
 
 from . import gate
-from .config import FORMAT_VERSION, AtomConfig, close_names
+from .config import FORMAT_VERSION, AtomConfig
 from .layer import AtomLinear
 from .model import adapter_config, atom_layers, attach, remove_adapter, site_name, unwrap
 from .notes import NOTES, Notes, notes, notes_text, read_notes
@@ -419,7 +419,7 @@ def prune(model: Any, keep: dict[str, Tensor], adapter: str = "default") -> None
     layers = atom_layers(model, adapter)
     for site, index in keep.items():
         if site not in layers:
-            raise UserError(f"`keep`: no site with atoms is named {site!r}.{close_names(site, layers)}")
+            raise UserError(f"`keep`: no site with atoms is named {site!r}.{did_you_mean(site, layers)}")
         n_atoms, chosen = layers[site].r[adapter], index.tolist()
         if any(not 0 <= i < n_atoms for i in chosen) or len(set(chosen)) < len(chosen):
             raise UserError(f"`keep`: indices at {site} must be different and below {n_atoms}, got {chosen}.")
