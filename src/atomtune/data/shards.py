@@ -49,6 +49,7 @@ def _members(path: Path) -> list[tuple[tarfile.TarInfo, Packed]]:
         size = path.stat().st_size
         with tarfile.open(path, "r:") as archive:
             members = [member for member in archive.getmembers() if not member.isdir()]
+            end = archive.offset
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except tarfile.TarError as error:
@@ -56,6 +57,11 @@ def _members(path: Path) -> list[tuple[tarfile.TarInfo, Packed]]:
     for member in members:
         if member.offset_data + member.size > size:
             raise UserError(f"{path} ends within {member.name}: it was cut off. Fetch or make it again.")
+    with path.open("rb") as file:  # tarfile takes a header that it can't read for the end
+        file.seek(end)
+        mark = file.read(tarfile.BLOCKSIZE)
+    if len(mark) < tarfile.BLOCKSIZE or any(mark):
+        raise UserError(f"{path} has no end: it was cut off, or is damaged at byte {end}. Fetch or make it again.")
     read = [partial(_read, path, member.offset_data, member.size) for member in members]
     return [
         (member, Packed(str(path.parent), f"{path.name}/{member.name}", fetch))

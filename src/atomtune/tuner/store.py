@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from atomtune.errors import UserError
+from atomtune.files import checksum, key
 
 from . import gate
 from .config import FORMAT_VERSION, AtomConfig, close_names
@@ -37,6 +38,10 @@ _OURS = (WEIGHTS, CONFIG, STATISTICS, NOTES, CARD, PICTURES)
 _ROOT = "base_model.model."  # PeftModel.from_pretrained wants it in the keys
 PARTIAL = "partial:"
 _SAMPLES = 64
+_SHAPING = (
+    *("n_atoms", "k", "sparsifier", "encoder", "threshold", "normalize", "encoder_bias", "steps", "size_pattern"),
+    *("sites", "gate_input", "gate_mask", "gate_dim", "gate_starts"),
+)
 
 
 # --------------------------------------------------------------------------------------------------- save
@@ -76,10 +81,10 @@ def save(
     )
     fresh = folder.with_name(f".{folder.name}.saving")
     try:
-        _recover(folder)
+        recover(folder)
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
-        safetensors.torch.save_file(tensors, fresh / WEIGHTS, metadata={"format": "pt"})
+        _write_tensors(tensors, fresh / WEIGHTS, config=_shape(config))
         (fresh / CONFIG).write_text(json.dumps(_plain(config), indent=2, sort_keys=True) + "\n")
         if statistics:
             flat = {
@@ -87,13 +92,13 @@ def save(
                 for site, named in statistics.items()
                 for name, t in named.items()
             }
-            safetensors.torch.save_file(flat, fresh / STATISTICS, metadata={"format": "pt"})
+            _write_tensors(flat, fresh / STATISTICS)
         for path in fresh.glob("*.safetensors"):  # which safetensors makes for their owner only
             shutil.copymode(fresh / CONFIG, path)
         if noted := notes_text(base, adapter):
             (fresh / NOTES).write_text(noted, encoding="utf-8")
         (fresh / CARD).write_text(_card(config, card or {}, fresh))
-        _check_same(_read_tensors(fresh / WEIGHTS), tensors)
+        _check_same(_read_tensors(fresh / WEIGHTS)[0], tensors)
         _replace(folder, fresh)
     except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
         raise UserError(f"Could not write {folder}: {error}. What was there before is untouched.") from error
@@ -119,21 +124,32 @@ def _plain(config: AtomConfig) -> dict[str, Any]:
     return {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
 
 
+def _write_tensors(tensors: dict[str, Tensor], path: Path, **more: str) -> None:
+    """With a checksum in the file itself: one that PEFT writes anew has none, and is believed without."""
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt", "sha256": checksum(tensors), **more})
+
+
+def _shape(config: AtomConfig) -> str:
+    """A hash of the fields that say what the weights compute."""
+    return key(json.dumps({name: getattr(config, name) for name in _SHAPING}, sort_keys=True))
+
+
 def _replace(folder: Path, fresh: Path) -> None:
     """Put the complete folder `fresh` at `folder`, keeping files there that are not ours."""
     for path in [*fresh.rglob("*"), fresh]:
         _sync(path)
-    previous = _previous(folder)
+    previous = previous_of(folder)
     if folder.exists():
         os.rename(folder, previous)
     os.rename(fresh, folder)
     _sync(folder.parent)
-    _recover(folder)
+    recover(folder)
 
 
-def _recover(folder: Path) -> None:
+def recover(folder: Path) -> None:
     """Finish a replacement that was cut off: at no time is the only good copy without a way back."""
-    previous = _previous(folder)
+    folder = folder.resolve()
+    previous = previous_of(folder)
     if not previous.is_dir():
         return
     if not folder.exists():
@@ -145,7 +161,8 @@ def _recover(folder: Path) -> None:
     shutil.rmtree(previous)
 
 
-def _previous(folder: Path) -> Path:
+def previous_of(folder: Path) -> Path:
+    """Where the folder lies while another takes its place."""
     return folder.with_name(f".{folder.name}.previous")
 
 
@@ -226,7 +243,7 @@ def load_statistics(folder: str | Path) -> dict[str, dict[str, Tensor]]:
     """The tensors saved beside an adapter, by site and name; empty where none were saved."""
     path = Path(folder) / STATISTICS
     found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in (_read_tensors(path) if path.exists() else {}).items():
+    for key, tensor in (_read_tensors(path)[0] if path.exists() else {}).items():
         site, _, name = key.rpartition(".")
         found.setdefault(site, {})[name] = tensor
     return found
@@ -247,14 +264,14 @@ def read(folder: str | Path) -> tuple[AtomConfig, dict[str, dict[str, Tensor]], 
 
 def _read(folder: Path) -> tuple[AtomConfig, dict[str, Tensor]]:
     """The checked content of a folder, with keys as `save` writes them."""
-    _recover(folder)
+    recover(folder)
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}.")
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder} holds no adapter: {name} is missing.")
     config = _read_config(folder / CONFIG)
-    tensors = _read_tensors(folder / WEIGHTS)
+    tensors, metadata = _read_tensors(folder / WEIGHTS)
     _check_finite(tensors, f"{folder / WEIGHTS} is not usable.")
     tensors = {_ROOT + site_name(key.removeprefix(_ROOT)): tensor for key, tensor in tensors.items()}
     if not any(".atom_dictionary." in key for key in tensors):
@@ -265,13 +282,15 @@ def _read(folder: Path) -> tuple[AtomConfig, dict[str, Tensor]]:
         held = 0 if atoms is None else len(atoms)
         if config.atoms_at(site) != held:
             raise UserError(f"{folder}: {CONFIG} says {config.atoms_at(site)} atoms at {site}, {WEIGHTS} holds {held}.")
+    if metadata.get("config") not in (None, _shape(config)):
+        raise UserError(f"{folder / CONFIG} is not the one that {WEIGHTS} was saved with. Put back the pair.")
     return config, tensors
 
 
 def _read_config(path: Path) -> AtomConfig:
     try:
         values = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} can't be read: {error}.") from error
     if not isinstance(values, dict) or values.get("peft_type") != NAME:
         kind = values.get("peft_type") if isinstance(values, dict) else None
@@ -295,11 +314,17 @@ def _read_config(path: Path) -> AtomConfig:
     return config
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A file's tensors, which are those of its checksum if it has one, and its other metadata."""
     try:
-        return safetensors.torch.load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        tensors = safetensors.torch.load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} is broken or not a safetensors file: {error}.") from error
+    if metadata.get("sha256") not in (None, checksum(tensors)):
+        raise UserError(f"{path} is damaged: its checksum is wrong. Put back a copy, or save the adapter again.")
+    return tensors, metadata
 
 
 @contextmanager
