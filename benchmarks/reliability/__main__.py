@@ -17,8 +17,9 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT)]
 
-from atomtune.compare.results import write_result  # noqa: E402
 from benchmarks.reliability import damage, full, hostile, kills, mutants, workplace  # noqa: E402
+
+from atomtune.compare.results import write_result  # noqa: E402
 
 PARTS = {
     "moments": lambda place, o: [kills.at_random_moments(place, o.kills - o.kills // 10, o.seed)],

@@ -30,7 +30,10 @@ def disk(place: Place, count: int, seed: int) -> Tally:
     met: Counter[str] = Counter()
     for trial in range(count):
         begin = f"{trial + 1} of {count}"
-        with (_small_disk if mounts else _small_files)(place.folder / "disk", lots.randint(4096, need)) as (before, free):
+        with (_small_disk if mounts else _small_files)(place.folder / "disk", lots.randint(4096, need)) as (
+            before,
+            free,
+        ):
             out = place.folder / "disk" / "run"
             first = run(place.train(out), place, before=before)
             fault = first.fault() or _refused(place, out, before, first.code)

@@ -99,9 +99,7 @@ def _at_exit(act: Callable[[], Any]) -> None:
     os._exit = instead  # type: ignore[assignment]
 
 
-def _until(
-    place: Place, tally: Tally, count: int, lots: random.Random, attempt: Callable[[Path], Ended]
-) -> Tally:
+def _until(place: Place, tally: Tally, count: int, lots: random.Random, attempt: Callable[[Path], Ended]) -> Tally:
     """Kill runs until so many kills are done, and let each run end. A kill survives if its run ends as it should."""
     runs = 0
     while tally.tried < count:

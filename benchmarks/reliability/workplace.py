@@ -108,8 +108,9 @@ class Ended:
             return None
         if self.code not in (1, 2):
             return f"exit code {self.code}: {self.last}"
-        # Of a wrong option tyro tells in a box of its own.
-        return None if self.last.startswith("error: ") or "╰" in self.text else f"not one line: {self.last}"
+        # Of a wrong option tyro tells in its own way.
+        told = self.last.startswith("error: ") or "atomtune train --help" in self.text
+        return None if told else f"not one line: {self.last}"
 
     @property
     def last(self) -> str:
@@ -215,7 +216,7 @@ def _be_a_command(argv: Sequence[str], place: Place, text: Path, before: Callabl
         handle = os.open(text, os.O_WRONLY | os.O_CREAT, 0o644)
         os.dup2(handle, 1)
         os.dup2(handle, 2)
-        sys.stdout, sys.stderr = (open(number, "w", closefd=False, errors="backslashreplace") for number in (1, 2))
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", errors="backslashreplace", closefd=False) for number in (1, 2))
         os.chdir(place.folder)
         os.environ["HF_HUB_OFFLINE"] = "1"
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))

@@ -240,7 +240,7 @@ def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.safetensors.torch, "save_file", full)
+    monkeypatch.setattr(module, "_write_tensors", full)
     with pytest.raises(UserError, match="No space left"):
         save(adapted(), folder)
     assert torch.equal(adapted_from(folder)(X), old)

@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from atomtune.errors import UserError
-from atomtune.files import checksum, key
+from atomtune.files import checksum
+from atomtune.files import key as digest_of
 
 from . import gate
 from .config import FORMAT_VERSION, AtomConfig, close_names
@@ -93,8 +94,6 @@ def save(
                 for name, t in named.items()
             }
             _write_tensors(flat, fresh / STATISTICS)
-        for path in fresh.glob("*.safetensors"):  # which safetensors makes for their owner only
-            shutil.copymode(fresh / CONFIG, path)
         if noted := notes_text(base, adapter):
             (fresh / NOTES).write_text(noted, encoding="utf-8")
         (fresh / CARD).write_text(_card(config, card or {}, fresh))
@@ -125,13 +124,21 @@ def _plain(config: AtomConfig) -> dict[str, Any]:
 
 
 def _write_tensors(tensors: dict[str, Tensor], path: Path, **more: str) -> None:
-    """With a checksum in the file itself: one that PEFT writes anew has none, and is believed without."""
-    safetensors.torch.save_file(tensors, path, metadata={"format": "pt", "sha256": checksum(tensors), **more})
+    """With a checksum in the file itself: one that PEFT writes anew has none, and is believed without.
+
+    The same tensors are the same bytes: safetensors by itself writes metadata in an order that changes.
+    """
+    metadata = {"format": "pt", "sha256": checksum(tensors), **more}
+    data = safetensors.torch.save(tensors)
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps({"__metadata__": metadata} | json.loads(data[8 : 8 + size]), separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
 
 
 def _shape(config: AtomConfig) -> str:
     """A hash of the fields that say what the weights compute."""
-    return key(json.dumps({name: getattr(config, name) for name in _SHAPING}, sort_keys=True))
+    return digest_of(json.dumps({name: getattr(config, name) for name in _SHAPING}, sort_keys=True))
 
 
 def _replace(folder: Path, fresh: Path) -> None:
@@ -225,7 +232,7 @@ def load(
     """
     folder = Path(folder).resolve()
     base = unwrap(model)
-    config, tensors = _read(folder)
+    config, tensors, shape = _read(folder)
     noted = read_notes(folder)
     config.inference_mode = not trainable
     _check_base(base, config, allow_other_base)
@@ -233,6 +240,7 @@ def load(
         attach(model, config, adapter)
         targets = _adapter_tensors(base, adapter)
         _check_keys(targets, tensors, folder)
+        _check_pair(config, shape, folder)
         with torch.no_grad():
             for key, target in targets.items():
                 target.copy_(tensors[key])
@@ -252,7 +260,8 @@ def load_statistics(folder: str | Path) -> dict[str, dict[str, Tensor]]:
 def read(folder: str | Path) -> tuple[AtomConfig, dict[str, dict[str, Tensor]], Notes]:
     """What `load` reads, without a model: config, tensors by site (the gate's at `atom_gate`) and name, notes."""
     folder = Path(folder).resolve()
-    config, tensors = _read(folder)
+    config, tensors, shape = _read(folder)
+    _check_pair(config, shape, folder)
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         site, inside, name = key.removeprefix(_ROOT).partition(".atom_dictionary.")
@@ -262,8 +271,8 @@ def read(folder: str | Path) -> tuple[AtomConfig, dict[str, dict[str, Tensor]], 
     return config, found, read_notes(folder)
 
 
-def _read(folder: Path) -> tuple[AtomConfig, dict[str, Tensor]]:
-    """The checked content of a folder, with keys as `save` writes them."""
+def _read(folder: Path) -> tuple[AtomConfig, dict[str, Tensor], str | None]:
+    """The checked content of a folder, with keys as `save` writes them, and the `_shape` of the weights' own config."""
     recover(folder)
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}.")
@@ -282,9 +291,7 @@ def _read(folder: Path) -> tuple[AtomConfig, dict[str, Tensor]]:
         held = 0 if atoms is None else len(atoms)
         if config.atoms_at(site) != held:
             raise UserError(f"{folder}: {CONFIG} says {config.atoms_at(site)} atoms at {site}, {WEIGHTS} holds {held}.")
-    if metadata.get("config") not in (None, _shape(config)):
-        raise UserError(f"{folder / CONFIG} is not the one that {WEIGHTS} was saved with. Put back the pair.")
-    return config, tensors
+    return config, tensors, metadata.get("config")
 
 
 def _read_config(path: Path) -> AtomConfig:
@@ -363,6 +370,11 @@ def _check_keys(targets: dict[str, Tensor], tensors: dict[str, Tensor], folder: 
                 f"{folder / WEIGHTS}: {key} is {tensors[key].dtype} {tuple(tensors[key].shape)}, "
                 f"the base model needs {target.dtype} {tuple(target.shape)}."
             )
+
+
+def _check_pair(config: AtomConfig, shape: str | None, folder: Path) -> None:
+    if shape not in (None, _shape(config)):
+        raise UserError(f"{folder / CONFIG} is not the one that {WEIGHTS} was saved with. Put back the pair.")
 
 
 def _check_finite(tensors: dict[str, Tensor], then: str) -> None:
