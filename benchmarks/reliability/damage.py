@@ -51,10 +51,10 @@ def rows(place: Place, seed: int) -> list[Tally]:
     return [cache(place, lots), checkpoint(place, lots), papers(place, lots), shard(place, lots)]
 
 
-def cache(place: Place, lots: random.Random) -> Tally:
+def cache(place: Place, lots: random.Random, count: int = 4) -> Tally:
     """Every entry of a cache is damaged, each in another way."""
     tally = Tally("damaged cache", "all entries cut, flipped, emptied, overwritten or gone; made again, end bit-equal")
-    for n in range(4):
+    for n in range(count):
         out = room(place, f"cache-{n}")
         for path in sorted((out.parent / ".cache").rglob("*.safetensors")):
             (HARMS[n % 5] if n < 3 else lots.choice(HARMS))(path, lots)
@@ -63,18 +63,19 @@ def cache(place: Place, lots: random.Random) -> Tally:
     return tally
 
 
-def checkpoint(place: Place, lots: random.Random) -> Tally:
+def checkpoint(place: Place, lots: random.Random, most: int | None = None) -> Tally:
     """A file of the newest checkpoint is damaged; or one of each checkpoint."""
     tally = Tally("damaged checkpoint", "a file of the newest, or of all, cut, flipped, ...; told, the end bit-equal")
     stopped = _stopped(place)
     names = sorted(path.relative_to(newest(stopped)) for path in newest(stopped).rglob("*") if path.is_file())
-    for number, name in enumerate(names):
+    for number, name in enumerate(names[:most]):
         for harm in (HARMS[number % 5], HARMS[(number + 2) % 5]):
             out = room(place, "damaged")
             shutil.copytree(stopped, out)
             some = [newest(out)] if number % 3 else sorted((out / "checkpoints").glob("step-*"))
             for folder in some:
-                harm(folder / name, lots)
+                if (folder / name).exists():  # the oldest was being removed
+                    harm(folder / name, lots)
             ended = run(place.go_on(out), place)
             told = None if "damaged and passed over" in ended.text else "the damage was not told"
             fault = _must_equal(place, out, ended) or told
@@ -82,25 +83,26 @@ def checkpoint(place: Place, lots: random.Random) -> Tally:
     return tally
 
 
-def papers(place: Place, lots: random.Random) -> Tally:
+def papers(place: Place, lots: random.Random, most: int | None = None) -> Tally:
     """What lies beside the checkpoints is damaged."""
     tally = Tally(
         "damaged run folder",
         "options, data list, config, status, log (half a line too) cut, flipped, ...; one line, or the end bit-equal",
     )
     stopped = _stopped(place)
-    for name in ("options.json", "data.json", "config.toml", "status.json", "log.jsonl"):
-        for harm in (cut, empty, noise, *((half_a_line, nonsense) if name == "log.jsonl" else ())):
-            out = room(place, "damaged")
-            shutil.copytree(stopped, out)
-            harm(out / name, lots)
-            ended = run(place.go_on(out), place)
-            fault = ended.fault()
-            if not ended.code and not fault:
-                fault = "an unreadable file was believed" if name in ("options.json", "data.json") else None
-                lost = name == "log.jsonl" and harm is not half_a_line
-                fault = fault or (None if lost else place.differs(out))
-            tally.note(fault and f"{name} {harm.__name__}: {fault}")
+    names = ("options.json", "data.json", "config.toml", "status.json", "log.jsonl")
+    pairs = [(name, harm) for name in names for harm in (cut, empty, noise)]
+    for name, harm in [("log.jsonl", half_a_line), ("log.jsonl", nonsense), *pairs][:most]:
+        out = room(place, "damaged")
+        shutil.copytree(stopped, out)
+        harm(out / name, lots)
+        ended = run(place.go_on(out), place)
+        fault = ended.fault()
+        if not ended.code and not fault:
+            fault = "an unreadable file was believed" if name in ("options.json", "data.json") else None
+            lost = name == "log.jsonl" and harm is not half_a_line
+            fault = fault or (None if lost else place.differs(out))
+        tally.note(fault and f"{name} {harm.__name__}: {fault}")
     return tally
 
 
@@ -115,7 +117,7 @@ def nonsense(path: Path, lots: random.Random) -> None:
     path.write_bytes(b'{"loss": 1}\n[]\n{"step": "x"}\n{"step": {}}\n\xff\xfe}\n' + path.read_bytes())
 
 
-def shard(place: Place, lots: random.Random) -> Tally:
+def shard(place: Place, lots: random.Random, cuts: int | None = None) -> Tally:
     """A WebDataset shard is cut off or altered: it must not be read as a smaller one."""
     tally = Tally("damaged shard", "a .tar cut at a random byte or between two files, or a header flipped; one line")
     whole = place.folder / "whole.tar"
@@ -126,18 +128,18 @@ def shard(place: Place, lots: random.Random) -> Tally:
         starts = [member.offset for member in archive.getmembers()]
         end = archive.offset
     data = whole.read_bytes()
-    cuts = [data[:at] for at in (*starts[1:], end, *(lots.randrange(end) for _ in range(6)))]
+    short = [data[:at] for at in (*starts[1:], end, *(lots.randrange(end) for _ in range(6)))]
     flips = []
     for at in starts[1:]:
         flipped = bytearray(data)
         flipped[at + lots.randrange(100)] ^= 4
         flips.append(bytes(flipped))
-    for number, content in enumerate((*cuts, *flips)):
+    for number, content in enumerate((*short, *flips)[-(cuts or 0) :]):
         path = place.folder / "kites.tar"
         path.write_bytes(content)
         ended = run(place.train(room(place, "shard"), data=path, steps=1), place)
         fault = ended.fault() or (None if ended.code else "a part of a shard was taken for the whole")
-        tally.note(fault and f"{'cut' if number < len(cuts) else 'flip'} {number}: {fault}")
+        tally.note(fault and f"{'cut' if number < len(short) else 'flip'} {number}: {fault}")
     return tally
 
 
@@ -150,9 +152,9 @@ def _stopped(place: Place) -> Path:
     """A run that died after some checkpoints."""
     out = place.folder / "stopped" / "run"
     if not out.exists():
-        out = room(place, "stopped")
+        out, half = room(place, "stopped"), place.options["steps"] // 4 * 2
         begun = start(place.train(out), place)
-        while not (out / "checkpoints" / "step-000006").exists():
+        while not (out / "checkpoints" / f"step-{half:06d}").exists():
             time.sleep(0.01)
         ended = finish(*begun, kill_after=0)
         if not ended.killed:

@@ -15,9 +15,9 @@ from .mutants import stop_before_encoding
 from .workplace import PROMPT, Ended, Place, Tally, room, run
 
 
-def rows(place: Place) -> list[Tally]:
-    """A row a kind."""
-    return [headers(place), links(place), pickles(place)]
+def rows(place: Place, every: int = 1) -> list[Tally]:
+    """A row a kind; of its cases, one of so many."""
+    return [headers(place, every), links(place, every), pickles(place, every)]
 
 
 def _refusal(ended: Ended, sign: str = "") -> str | None:
@@ -27,12 +27,12 @@ def _refusal(ended: Ended, sign: str = "") -> str | None:
     return None if sign in ended.text else f"refused for another reason: {ended.last}"
 
 
-def headers(place: Place) -> Tally:
+def headers(place: Place, every: int = 1) -> Tally:
     """safetensors files made by hand."""
     tally = Tally(
         "malicious safetensors header", "overlaps, offsets beyond the file, length 2^63, deep JSON ...; one line"
     )
-    for name, data in _headers((place.truth / "adapter_model.safetensors").read_bytes()):
+    for name, data in list(_headers((place.truth / "adapter_model.safetensors").read_bytes()))[::every]:
         folder = _copy(place)
         (folder / "adapter_model.safetensors").write_bytes(data)
         fault = _refusal(_generate(place, folder))
@@ -73,15 +73,18 @@ def _headers(data: bytes) -> Iterator[tuple[str, bytes]]:
     yield "a polyglot", b"PK\x03\x04" + data
 
 
-def links(place: Place) -> Tally:
+def links(place: Place, every: int = 1) -> Tally:
     """Names and links that lead out of a folder."""
-    tally = Tally("link or name out of the folder", "links of pictures, captions, masks; `..` in metadata, tar, parts")
+    tally = Tally(
+        "link or name out of the folder",
+        "links of pictures, captions, masks, notes; `..` in metadata, tar, mixture: nothing outside read or written",
+    )
     secret = place.folder / "secret"
     shutil.rmtree(secret, ignore_errors=True)
     secret.mkdir()
     shutil.copyfile(place.data / "0.png", secret / "secret.png")
     (secret / "secret.txt").write_text("a kite, my secret")
-    for name, make, sign in _ways_out(secret):
+    for name, make, sign in list(_ways_out(secret))[::every]:
         folder = place.folder / "hostile"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(place.data, folder)
@@ -90,6 +93,12 @@ def links(place: Place) -> Tally:
         ended = run(argv, place, limit=60, before=stop_before_encoding)
         fault = _refusal(ended, sign)
         tally.note(fault and f"{name}: {fault}")
+    outside, folder = secret / "notes.json", _copy(place)
+    outside.write_text("{}")
+    (folder / "notes.json").symlink_to(outside)
+    ended = run(["surgery", str(folder), "--note", "L0[0]=mine"], place, limit=60)
+    written = None if outside.read_text() == "{}" and ended.code == 0 else "what a link of notes names was written"
+    tally.note(ended.fault() or written)
     folder = _copy(place)
     (folder / "mixture.json").write_text('{"weights": {"../adapter": 1, "..": 1}}')
     fault = _refusal(_generate(place, folder), "must be")
@@ -148,7 +157,7 @@ def _ways_out(secret: Path) -> Iterator[tuple[str, Callable[[Path], Path | None]
     yield "a tar's hard link", packed("x.png", tarfile.LNKTYPE, "../secret/secret.png"), "special file"
 
 
-def pickles(place: Place) -> Tally:
+def pickles(place: Place, every: int = 1) -> Tally:
     """Weights as pickle, which runs code when it is read: they are not, under any name."""
     tally = Tally(
         "pickle for weights", "an adapter, and a base, whose weights are .bin, .pt or renamed; the code never runs"
@@ -160,13 +169,13 @@ def pickles(place: Place) -> Tally:
             return Path.touch, (ran,)
 
     code = pickle.dumps({"x": Harm()})
-    for name in ("adapter_model.bin", "adapter_model.pt", "adapter_model.safetensors"):
+    for name in ("adapter_model.bin", "adapter_model.pt", "adapter_model.safetensors")[::every]:
         folder = _copy(place)
         (folder / "adapter_model.safetensors").unlink()
         (folder / name).write_bytes(code)
         fault = _refusal(_generate(place, folder)) or ("the code ran" if ran.exists() else None)
         tally.note(fault and f"{name}: {fault}")
-    for part in ("transformer", "vae", "text_encoder"):
+    for part in ("text_encoder", "vae", "transformer")[::every]:
         base = place.folder / "pickled"
         shutil.rmtree(base, ignore_errors=True)
         shutil.copytree(place.base, base)

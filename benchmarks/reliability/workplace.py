@@ -50,7 +50,7 @@ PLAIN: dict[str, Any] = {
     "checkpoint_every": 2,
     "trackers": ["tensorboard"],
 }
-WATCHED = PLAIN | {"steps": 6, "validate_every": 3, "sample_every": 3, "sample_prompts": [PROMPT]}
+WATCHED = PLAIN | {"validate_every": 2, "sample_every": 3, "sample_prompts": [PROMPT]}
 """With validation and pictures: slower, and more kinds of files are written."""
 
 
@@ -142,7 +142,7 @@ class Place:
 
     def watched(self) -> Place:
         """The same, with validation and pictures."""
-        return Place(self.folder, dict(WATCHED))
+        return Place(self.folder, WATCHED | {"steps": self.options["steps"] // 2})
 
     def train(self, out: Path, *more: str, data: Path | None = None, **changes: Any) -> list[str]:
         """A command that trains there."""
@@ -171,8 +171,8 @@ def log_of(out: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k != "pictures_per_second"} for line in lines]
 
 
-def prepare(folder: Path) -> Place:
-    """Make the base and the pictures, import what commands import, and train the run to compare with."""
+def prepare(folder: Path, steps: int = PLAIN["steps"]) -> Place:
+    """Make the base and the pictures, and import what commands import."""
     import torch
 
     torch.set_num_threads(1)  # so that a fork has no threads to miss
@@ -187,7 +187,7 @@ def prepare(folder: Path) -> Place:
     from atomtune.scenes.render import render
     from atomtune.scenes.world import caption, scene
 
-    place = Place(folder)
+    place = Place(folder, PLAIN | {"steps": steps})
     lumina2().save_pretrained(place.base)
     (place.base / "unrelated.txt").write_text("\n".join(UNRELATED) + "\n")
     place.data.mkdir()
