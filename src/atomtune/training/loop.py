@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import signal
 import threading
@@ -22,6 +23,7 @@ from atomtune.adapter import Adapter
 from atomtune.atoms import contained, measure, order_by_importance, reaches, strengths
 from atomtune.backbones import Backbone, Conditioning, Grid, backbone_of, base_name, denoiser, placed, select
 from atomtune.errors import UserError
+from atomtune.files import write_whole
 from atomtune.sampling import generate
 from atomtune.sparse import anneal_k, dead_atoms
 from atomtune.training import checkpoints, gating, hub, objective, optimizers, run_folder, validation
@@ -446,7 +448,9 @@ class Run:
                     save(self.base, folder / "adapter", NAME)
                 pictures = generate(self.pipe, prompts, seed=self.options.seed)
             for i, picture in enumerate(pictures if main else ()):
-                picture.save(folder / f"step-{self.done:06d}-{i}.png")
+                held = io.BytesIO()
+                picture.save(held, "PNG")
+                write_whole(folder / f"step-{self.done:06d}-{i}.png", held.getvalue())
         except Exception as error:  # whatever a pipeline raises, the run is worth more than its pictures
             say(f"warning: validation pictures at step {self.done} failed: {type(error).__name__}: {error}")
 

@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -237,7 +238,10 @@ def load(
     config.inference_mode = not trainable
     _check_base(base, config, allow_other_base)
     with _untouched_on_error(model, base, adapter):
-        attach(model, config, adapter)
+        try:
+            attach(model, config, adapter)
+        except (TypeError, AttributeError, KeyError, RecursionError, re.error) as error:
+            raise UserError(f"{folder / CONFIG} is not valid: {error}.") from error
         targets = _adapter_tensors(base, adapter)
         _check_keys(targets, tensors, folder)
         _check_pair(config, shape, folder)
