@@ -38,6 +38,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--disks", type=int, default=40)
     parser.add_argument("--mutants", type=int, default=300)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no more kills and disks begin")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/reliability.json")
     given = parser.parse_args()
@@ -49,6 +50,7 @@ def main() -> int:
     found = {part: [row for row in before["rows"] if row["part"] == part] for part in PARTS}
     with tempfile.TemporaryDirectory(prefix="reliability-") as folder:
         place = workplace.prepare(Path(folder))
+        place.until = begin + given.minutes * 60
         for part in chosen:
             print(part, file=sys.stderr, flush=True)
             found[part] = [{"part": part, **tally.row()} for tally in PARTS[part](place, given)]

@@ -29,6 +29,8 @@ def disk(place: Place, count: int, seed: int) -> Tally:
     need = _size(place.truth.parent)
     met: Counter[str] = Counter()
     for trial in range(count):
+        if place.late():
+            break
         begin = f"{trial + 1} of {count}"
         with (_small_disk if mounts else _small_files)(place.folder / "disk", lots.randint(4096, need)) as (
             before,

@@ -102,12 +102,12 @@ def _at_exit(act: Callable[[], Any]) -> None:
 def _until(place: Place, tally: Tally, count: int, lots: random.Random, attempt: Callable[[Path], Ended]) -> Tally:
     """Kill runs until so many kills are done, and let each run end. A kill survives if its run ends as it should."""
     runs = 0
-    while tally.tried < count:
+    while tally.tried < count and not place.late():
         runs += 1
         out = room(place, f"killed-{runs}", cached=bool(lots.getrandbits(1)))
         kills, fault, ended = 0, None, False
         while not ended and fault is None:
-            last = attempt(out) if tally.tried + kills < count else run(place.go_on(out), place)
+            last = attempt(out) if tally.tried + kills < count and not place.late() else run(place.go_on(out), place)
             kills += last.killed
             ended = not last.killed
             if ended:

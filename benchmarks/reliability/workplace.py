@@ -123,6 +123,12 @@ class Place:
 
     folder: Path
     options: dict[str, Any] = field(default_factory=lambda: dict(PLAIN))
+    until: float = float("inf")
+    """When (of the monotonic clock) no more kills and full disks are tried: a row says how many were."""
+
+    def late(self) -> bool:
+        """Whether it is time to stop."""
+        return time.monotonic() > self.until
 
     @property
     def base(self) -> Path:
@@ -142,7 +148,7 @@ class Place:
 
     def watched(self) -> Place:
         """The same, with validation and pictures."""
-        return Place(self.folder, WATCHED | {"steps": self.options["steps"] // 2})
+        return Place(self.folder, WATCHED | {"steps": self.options["steps"] // 2}, self.until)
 
     def train(self, out: Path, *more: str, data: Path | None = None, **changes: Any) -> list[str]:
         """A command that trains there."""
