@@ -1,7 +1,8 @@
 """python benchmarks/reliability [PART ...]: hazards, what survives them, and the table of it.
 
 Parts are those of PARTS; none is all. Writes benchmarks/results/reliability.json, in which the rows of parts that were
-not run stay as they are. `--kills` and `--mutants` are the numbers, `--seed` draws everything.
+not run stay as they are. `--kills`, `--writes` (kills before file operations), `--disks` and `--mutants` are the
+numbers, `--seed` draws everything.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from atomtune.compare.results import write_result  # noqa: E402
 PARTS = {
     "moments": lambda place, o: [kills.at_random_moments(place, o.kills - o.kills // 10, o.seed)],
     "fresh": lambda place, o: [kills.at_random_moments_of_a_fresh_process(place, o.kills // 10, o.seed)],
-    "writes": lambda place, o: [kills.at_random_writes(place, o.kills, o.seed)],
+    "writes": lambda place, o: [kills.at_random_writes(place, o.writes, o.seed)],
     "full": lambda place, o: [full.disk(place, o.disks, o.seed)],
     "damage": lambda place, o: damage.rows(place, o.seed),
     "mutants": lambda place, o: mutants.rows(place, o.mutants, o.seed),
@@ -36,7 +37,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--disks", type=int, default=40)
+    parser.add_argument("--writes", type=int, default=50)
+    parser.add_argument("--disks", type=int, default=20)
     parser.add_argument("--mutants", type=int, default=300)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="after which no more kills and disks begin")
     parser.add_argument("--seed", type=int, default=0)
@@ -64,7 +66,8 @@ def main() -> int:
 
 def _command(given: argparse.Namespace) -> str:
     """The command that makes the whole table."""
-    counts = [f"--{name} {getattr(given, name)}" for name in ("kills", "disks", "mutants", "seed")]
+    counts = [f"--{name} {getattr(given, name)}" for name in ("kills", "writes", "disks", "mutants", "seed")]
+    counts += [f"--minutes {given.minutes:g}"] if given.minutes < float("inf") else []
     return " ".join(["python benchmarks/reliability", *counts])
 
 

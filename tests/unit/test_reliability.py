@@ -25,12 +25,11 @@ def survived(*tallies: Tally, least: int = 1) -> None:
 
 
 def test_killed_runs_end_as_if_nothing_had_been(place: Place) -> None:
-    survived(kills.at_random_moments(place, 2, 0))
-    survived(kills.at_random_writes(place, 3, 0))
+    survived(kills.at_random_writes(place, 2, 0))
 
 
 def test_a_full_disk_is_one_line_and_no_loss(place: Place) -> None:
-    survived(full.disk(place, 2, 0))
+    survived(full.disk(place, 1, 0))
 
 
 def test_a_damaged_cache_and_a_cut_shard(place: Place) -> None:
@@ -38,7 +37,7 @@ def test_a_damaged_cache_and_a_cut_shard(place: Place) -> None:
 
 
 def test_a_damaged_checkpoint_and_damaged_papers(place: Place) -> None:
-    survived(damage.checkpoint(place, random.Random(0), most=2), damage.papers(place, random.Random(0), most=4))
+    survived(damage.checkpoint(place, random.Random(0), most=1), damage.papers(place, random.Random(0), most=4))
 
 
 @pytest.mark.parametrize("kind", [mutants.adapters, mutants.configs, mutants.pictures])
