@@ -395,9 +395,10 @@ def test_an_altered_bit_is_noticed_and_files_without_a_checksum_load(folder: Pat
 
 
 def test_a_config_of_other_weights_is_refused(folder: Path) -> None:
-    reconfigure(folder, threshold=1.25)
+    threshold = json.loads((folder / "adapter_config.json").read_text())["threshold"]
+    reconfigure(folder, threshold=threshold + 0.25)
     refused(folder, "is not the one that")
-    reconfigure(folder, threshold=1.0, base_model_name_or_path="moved")
+    reconfigure(folder, threshold=threshold, base_model_name_or_path="moved")
     adapted_from(folder)
 
 
