@@ -104,6 +104,6 @@ class Cache:
 
 def _unwritten(path: Path, error: OSError) -> UserError:
     return UserError(
-        f"Could not write the cache entry {path}: {error.strerror or error}. Free space, and give the same command again; "
-        "entries that are there are kept."
+        f"Could not write the cache entry {path}: {error.strerror or error}. Free space, and give the same "
+        "command again; entries that are there are kept."
     )
