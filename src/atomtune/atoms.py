@@ -248,6 +248,9 @@ def ranking(model: Any, statistics: Statistics, formula: str = "effect", adapter
         if path not in statistics:
             raise UserError(f"The adapter has no statistics at {path}: it was saved without them. Train again.")
         s = statistics[path]
+        for name in ("density", "purity", "norm", formula):
+            if name not in s or s[name].shape != (layer.r[adapter],):
+                raise UserError(f"The adapter's statistics at {path} lack the {name} of some atoms. Train again.")
         values = _importance(s, formula)
         site = sites.index(path)
         for row, number in enumerate(layer.dictionary(adapter).atom_ids.tolist()):

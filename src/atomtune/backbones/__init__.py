@@ -155,7 +155,10 @@ def open_pipeline(base: str, dtype: str = "float32", device: str | None = None) 
             raise UserError(f"`base` must be {EMBEDDED!r}, a folder or a hub id owner/name, got {base!r}.{hint}")
         try:
             with _quiet():
-                pipe = DiffusionPipeline.from_pretrained(path if looks_local else base, dtype=getattr(torch, dtype))
+                # Pickle runs code when it is read.
+                pipe = DiffusionPipeline.from_pretrained(
+                    path if looks_local else base, dtype=getattr(torch, dtype), use_safetensors=True
+                )
         except (OSError, ValueError) as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UserError(f"`base` can't be loaded from {base}: {reason}") from error

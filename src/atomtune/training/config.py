@@ -15,7 +15,7 @@ def read(path: Path, known: Collection[str]) -> dict[str, Any]:
     """The options in a file. Raises UserError on unknown ones, naming the nearest, and on values of no use."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"`config` can't be read: {path}: {error}.") from error
     for name, value in values.items():
         if name not in known:

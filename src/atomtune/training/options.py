@@ -277,7 +277,8 @@ def _read(name: str, value: Any, kind: str) -> Any:
     if value is None and optional:
         return None
     if kind.startswith("tuple") and isinstance(value, list | tuple):
-        return tuple(value)
+        inner = kind.removeprefix("tuple[").removesuffix(", ...]")
+        return tuple(_read(name, item, inner) for item in value)
     if kind == "float" and type(value) in (int, float):  # JSON knows no difference between 1 and 1.0
         return float(value)
     if kind == "Path" and isinstance(value, str | Path):

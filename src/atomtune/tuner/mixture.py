@@ -36,7 +36,7 @@ def saved_parts(folder: str | Path) -> tuple[dict[str, Path], dict[str, float]]:
         weights = dict(json.loads(path.read_text(encoding="utf-8"))["weights"])
         folders = {name: Path(folder) / name for name in weights}
         check_parts(folders, weights)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path} can't be read: {error}") from error
     return folders, weights
 
