@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from atomtune.data.cache import key
 
 ROOT = Path(__file__).parents[2]
@@ -227,6 +229,8 @@ def _be_a_command(argv: Sequence[str], place: Place, text: Path, before: Callabl
         os.environ["HF_HUB_OFFLINE"] = "1"
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
         threading.settrace(None)  # type: ignore[arg-type]
+        # tqdm's own lock lies in memory that all forks share: one that is killed with it in hand keeps it.
+        tqdm.set_lock(threading.RLock())
         signal.signal(signal.SIGINT, signal.default_int_handler)
         from atomtune.cli import main
 
