@@ -11,7 +11,7 @@ from PIL import Image
 
 from atomtune import tuner
 from atomtune.backbones import denoiser
-from atomtune.errors import UserError
+from atomtune.errors import UserError, did_you_mean
 from atomtune.sampling import batches
 from atomtune.tuner import BASE, activate, assigned, remove_adapter
 
@@ -43,7 +43,7 @@ class Server:
             raise UserError(f"`seeds` must be one a request ({len(requests)}), got {len(seeds)}.")
         for name in names:
             if name is not None and name not in self.folders:
-                raise UserError(f"No adapter is named {name!r}.{tuner.close_names(name, self.folders)}")
+                raise UserError(f"No adapter is named {name!r}.{did_you_mean(name, self.folders)}")
         pictures: list[Image.Image] = []
         size = min(batch_size, self.held)  # so that a batch's adapters fit
         for start in range(0, len(requests), size):

@@ -1,6 +1,5 @@
 """Several adapters in one batch: each row as alone, in training and in serving."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +67,9 @@ def test_options_that_differ() -> None:
 
 
 @pytest.fixture
-def plain() -> Iterator[Plain]:
+def plain() -> Plain:
     torch.manual_seed(0)
-    yield Plain().eval()
+    return Plain().eval()
 
 
 @pytest.mark.parametrize("sizes", [(4, 4), (4, 6)])
@@ -116,5 +115,5 @@ def test_serving(root: Path, bases: dict[str, Path]) -> None:
         (alone,) = atomtune.generate(pipe, [requests[at][1]], seed=[0, 0, 1, 0][at], **call)
         adapter.remove()
         assert np.abs(np.asarray(alone, int) - np.asarray(painted[at], int)).max() <= 1
-    with pytest.raises(UserError, match="No adapter is named 'sk'. Did you mean `sks`"):
+    with pytest.raises(UserError, match=r"No adapter is named 'sk'\. Did you mean `sks`"):
         server.generate([("sk", "a")], seeds=[0])

@@ -167,7 +167,7 @@ def stacked_codes(
 ) -> tuple[Float[Tensor, "blocks positions n_atoms"], Float[Tensor, "blocks positions n_atoms"]]:
     """(pre-codes, codes) of each block by its own dictionary, in one product; all must `stacks_with` each other."""
     first = dictionaries[0]
-    pre = torch.bmm(x, torch.stack([d.encoder for d in dictionaries]).to(x.dtype).mT)
+    pre = torch.bmm(x, torch.stack(tuple(d.encoder for d in dictionaries)).to(x.dtype).mT)
     if first.normalize:
         pre = pre * InverseRms.apply(x).clamp_max(torch.finfo(pre.dtype).max).to(pre.dtype)
     biases = [d.bias for d in dictionaries if d.bias is not None]

@@ -125,7 +125,7 @@ def _check_shapes(runs: Sequence[Run]) -> None:
 def _steps(runs: Sequence[Run], together: int, progress: bool) -> None:
     o = runs[0].options
     with ExitStack() as stack:
-        logs = [stack.enter_context((run.run / run_folder.LOG).open("a", encoding="utf-8")) for run in runs]
+        logs = [stack.enter_context((run.run / run_folder.LOG).open("ab", buffering=0)) for run in runs]
         bar = stack.enter_context(tqdm(total=o.steps, disable=not progress, unit="step", dynamic_ncols=True))
         for step in range(o.steps):
             begin, plain = time.monotonic(), Plain()
@@ -137,7 +137,7 @@ def _steps(runs: Sequence[Run], together: int, progress: bool) -> None:
                 run.done += 1
                 run.pace.took(run.done, seconds)
                 speed = {"pictures_per_second": round(o.batch_size * o.grad_accumulation / seconds, 2)}
-                print(run.line(found | speed), file=log, flush=True)
+                run_folder.note(log, run.line(found | speed))
                 if run.done % o.checkpoint_every == 0 or run.done == o.steps:
                     run.checkpoint()
             bar.update()

@@ -1,6 +1,6 @@
 """The PEFT method: importing this package registers it, so that PEFT's own loaders know the files."""
 
-from .config import FORMAT_VERSION, AtomConfig, close_names
+from .config import FORMAT_VERSION, AtomConfig
 from .gate import GateShares, PromptGate, hold_gate, open_gate, override_gate, prompt_gate, read_gates
 from .layer import AtomLinear
 from .model import (
@@ -18,7 +18,7 @@ from .model import (
     unwrap,
 )
 from .register import register
-from .store import fingerprint, load, load_statistics, prune, save
+from .store import fingerprint, load, load_statistics, previous_of, prune, recover, save
 
 register(AtomConfig, AtomModel)
 
@@ -37,17 +37,18 @@ __all__ = [
     "atom_layers",
     "attach",
     "base_only",
-    "close_names",
     "fingerprint",
     "hold_gate",
     "load",
     "load_statistics",
     "open_gate",
     "override_gate",
+    "previous_of",
     "prompt_gate",
     "prune",
     "read_gates",
     "record",
+    "recover",
     "remove_adapter",
     "save",
     "unwrap",
