@@ -170,7 +170,7 @@ def stacked_codes(
     pre = torch.bmm(x, torch.stack(tuple(d.encoder for d in dictionaries)).to(x.dtype).mT)
     if first.normalize:
         pre = pre * InverseRms.apply(x).clamp_max(torch.finfo(pre.dtype).max).to(pre.dtype)
-    biases = [d.bias for d in dictionaries if d.bias is not None]
+    biases = tuple(d.bias for d in dictionaries if d.bias is not None)
     if biases:
         pre = pre - torch.stack(biases).to(pre.dtype)[:, None]
     if first.sparsifier.elementwise:
