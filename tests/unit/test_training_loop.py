@@ -192,14 +192,14 @@ def test_a_full_disk_keeps_earlier_checkpoints(
 def test_a_full_disk_at_the_end_is_a_users_error(go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     from atomtune.tuner import store
 
-    real = store.safetensors.torch.save_file
+    real = store._write_tensors
 
-    def save_file(tensors: dict[str, Tensor], path: Path, **more: Any) -> None:
+    def write(tensors: dict[str, Tensor], path: Path, **more: str) -> None:
         if "statistics" in str(path):
-            raise safetensors.SafetensorError("No space left on device (os error 28)")
+            raise OSError(errno.ENOSPC, "No space left on device")
         real(tensors, path, **more)
 
-    monkeypatch.setattr(store.safetensors.torch, "save_file", save_file)
+    monkeypatch.setattr(store, "_write_tensors", write)
     with pytest.raises(UserError, match="No space left"):
         go(steps=2)
 
