@@ -15,6 +15,7 @@ LEFT = {
     "dial": ("0.0.png", "curve.svg", "small/adapter_config.json"),
     "edit": ("strips/01.png", "pictures/01-03.png", "run/adapter_config.json", "another.png"),
     "exchange": ("lora.png", "atoms/adapter_config.json"),
+    "many": ("dog-0/adapter_config.json", "dog-1/log.jsonl", "first.png", "base.png", "second.png"),
     "mix": ("both.png", "halves.png", "fewer.png", "parts/mixture.json", "one/adapter_config.json"),
     "see": ("*.png",),
     "steer": ("off.png", "early.png", "left.png", "words.png", "all.png"),
