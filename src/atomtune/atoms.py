@@ -35,6 +35,8 @@ FORMULAS = {
     "purity": "share of its energy that falls on the subject, were that as large as what is around it",
 }
 """Importance formulas, as they are printed wherever their numbers are."""
+WITHOUT_NORM = ("effect", "purity")
+"""Those that read no norm of an atom."""
 
 CHUNK = 4
 """Pictures that are measured at once."""
@@ -248,7 +250,7 @@ def ranking(model: Any, statistics: Statistics, formula: str = "effect", adapter
         if path not in statistics:
             raise UserError(f"The adapter has no statistics at {path}: it was saved without them. Train again.")
         s = statistics[path]
-        for name in ("density", "purity", "norm", formula):
+        for name in ("density", "purity", formula, *(() if formula in WITHOUT_NORM else ("norm",))):
             if name not in s or s[name].shape != (layer.r[adapter],):
                 raise UserError(f"The adapter's statistics at {path} lack the {name} of some atoms. Train again.")
         values = _importance(s, formula)
@@ -271,7 +273,7 @@ def ranking(model: Any, statistics: Statistics, formula: str = "effect", adapter
 
 def _importance(s: dict[str, Tensor], formula: str) -> Tensor:
     values = s[formula].nan_to_num(0)
-    return values if formula in ("effect", "purity") else values * s["norm"]
+    return values if formula in WITHOUT_NORM else values * s["norm"]
 
 
 def order_by_importance(model: Any, statistics: Statistics, adapter: str = "default") -> Statistics:
