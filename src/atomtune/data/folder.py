@@ -185,7 +185,7 @@ def _named(names: Sequence[str], separator: str = ", ") -> str:
 
 def _told_broken(broken: Sequence[Skipped]) -> str:
     told = _named([f"{item.path.name} ({item.reason})" for item in broken], "; ")
-    return (f"{len(broken)} of the pictures cannot be used: {told}. Mend them, or pass --skip-broken.")
+    return f"{len(broken)} of the pictures cannot be used: {told}. Mend them, or pass --skip-broken."
 
 
 def _told_uncaptioned(paths: Sequence[File], extension: str, skipped: Sequence[Skipped]) -> str:
@@ -207,9 +207,8 @@ def _told_empty(place: str, skipped: Sequence[Skipped]) -> str:
         "link out of the folder": "pass --follow-links to follow the links",
     }
     hints = "; ".join(hint for kind, hint in advice.items() if kind in counts)
-    return (
-        f"No picture to learn from in {place}: {told}. Put in pictures ({' '.join(READABLE)})"
-        + (f"; {hints}." if hints else ".")
+    return f"No picture to learn from in {place}: {told}. Put in pictures ({' '.join(READABLE)})" + (
+        f"; {hints}." if hints else "."
     )
 
 

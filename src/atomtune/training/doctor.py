@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from atomtune.training.memory import Measured, Memory
 from atomtune.training.options import TrainOptions
 from atomtune.training.run_folder import say
 from atomtune.training.trackers import chosen
-from atomtune.tuner import adapter_config, prompt_gate, remove_adapter
+from atomtune.tuner import atom_layers, prompt_gate, remove_adapter
 
 CUT = 0.1
 """Share of a picture that may be cut off before it is told."""
@@ -140,15 +139,10 @@ def examine(
         pictures = _pictures(found, pipe, backbone, scan.samples, options)
         if sheet is not None and pictures:
             _write_sheet(sheet, scan.samples, pictures)
-        with found.attached(pipe, backbone, options):
-            adapted = _adapted(pipe, backbone, options)
-            if pictures:
-                cost, needed = _needs(found, pipe, backbone, scan.samples, options, measure)
+        adapted, cost, needed = _adapt(found, pipe, backbone, scan.samples, options, measure)
     _warn(found, pictures, same, options, cost, needed)
     skipped = {k: names for k, names in scan.by_reason().items() if k not in ("caption", "mask")}
-    return Report(
-        tuple(found.problems), tuple(found.warnings), skipped, same, pictures, adapted, cost, needed
-    )
+    return Report(tuple(found.problems), tuple(found.warnings), skipped, same, pictures, adapted, cost, needed)
 
 
 class _Findings:
@@ -168,22 +162,6 @@ class _Findings:
         except torch.OutOfMemoryError as error:
             self.problems.append(f"out of memory: {str(error).splitlines()[0]}")
 
-    @contextmanager
-    def attached(self, pipe: Any, backbone: Backbone, options: TrainOptions) -> Iterator[None]:
-        """Inside, a fresh adapter is attached; afterwards the pipeline is the base again."""
-        base = denoiser(pipe)
-        with self.kept():
-            check_checkpointing(base, backbone, options)
-        try:
-            with self.kept():
-                attach_atoms(pipe, backbone, options)
-                yield
-                return
-            yield from ()
-        finally:
-            if NAME in (getattr(base, "peft_config", None) or {}):
-                remove_adapter(base, NAME)
-
 
 def _data(found: _Findings, data: Path, options: TrainOptions) -> Scan | None:
     with found.kept():
@@ -198,3 +176,241 @@ def _data(found: _Findings, data: Path, options: TrainOptions) -> Scan | None:
                 found.warnings.append(f"{kind}: {few(names)}: {advice}")
         return scan
     return None
+
+
+def few(names: Sequence[str]) -> str:
+    """The first three, and how many more."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _pictures(
+    found: _Findings, pipe: Any, backbone: Backbone, samples: Sequence[Sample], options: TrainOptions
+) -> tuple[Picture, ...]:
+    if not samples:
+        return ()
+    with found.kept():
+        prepare.check_concept(tuple(sample.caption for sample in samples), options)
+    with found.kept():
+        prepare.check_masks(samples, options)
+    with found.kept():
+        if options.held_out:
+            validation.check(len(samples), options.held_out)
+    sizes: list[Size] = []
+    with found.kept():
+        sizes = prepare.fitted_sizes(pipe, samples, options)
+    if not sizes:
+        return ()
+    lost = prepare.cut_off(lambda text: backbone.encode_prompts(pipe, [text]), samples)
+    return tuple(_picture(s, size, lost.get(n, "")) for n, (s, size) in enumerate(zip(samples, sizes, strict=True)))
+
+
+def _picture(sample: Sample, size: Size, lost: str) -> Picture:
+    return Picture(
+        name=sample.path.name,
+        caption=sample.caption,
+        caption_source=sample.caption_source,
+        lost=lost,
+        size=(sample.width, sample.height),
+        seen=size,
+        cut=1 - kept(sample.width, sample.height, size),
+        enlarged=max(size[0] / sample.width, size[1] / sample.height),
+        mask=sample.mask is not None,
+        clear=sample.clear,
+    )
+
+
+def _write_sheet(path: Path, samples: Sequence[Sample], pictures: Sequence[Picture]) -> None:
+    try:
+        contact_sheet(samples, [picture.seen for picture in pictures]).save(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"`sheet` must be a picture file that can be written, got {path}: {error}.") from error
+
+
+def _adapt(
+    found: _Findings,
+    pipe: Any,
+    backbone: Backbone,
+    samples: Sequence[Sample],
+    options: TrainOptions,
+    steps: int | None,
+) -> tuple[Adapted | None, Cost | None, Memory | None]:
+    """What is known with a fresh adapter attached; afterwards the pipeline is the base again."""
+    base = denoiser(pipe)
+    adapted, cost, needed = None, None, None
+    with found.kept():
+        check_checkpointing(base, backbone, options)
+    before = {p: p.requires_grad for p in base.parameters()}
+    try:
+        with found.kept():
+            attach_atoms(pipe, backbone, options)
+            adapted = _adapted(base)
+        if adapted is not None:
+            with found.kept():
+                optimizers.make(options, [p for name, p in base.named_parameters() if "atom_" in name], (), 1.0)
+        own: tuple[Sample, ...] = ()
+        with found.kept():
+            own = prepare.own_unrelated(options)
+            kept_prompts, held = prepare.without_concept(pipe, options)
+            if samples and adapted is not None and not found.problems:
+                cost, needed = _needs(pipe, backbone, samples, own, (kept_prompts, held), options, steps)
+    finally:
+        if NAME in (getattr(base, "peft_config", None) or {}):
+            remove_adapter(base, NAME)
+        for parameter, trained in before.items():
+            parameter.requires_grad_(trained)
+    return adapted, cost, needed
+
+
+def _adapted(base: Any) -> Adapted:
+    state = {name: value for name, value in base.state_dict().items() if "atom_" in name}
+    layers = atom_layers(base, NAME).values()
+    return Adapted(
+        sites=sites_of(base),
+        atoms=sum(layer.r[NAME] for layer in layers),
+        parameters=sum(p.numel() for name, p in base.named_parameters() if "atom_" in name),
+        gate=prompt_gate(base, NAME) is not None,
+        file_bytes=sum(map(memory.bytes_of, state.values())),
+    )
+
+
+def _needs(
+    pipe: Any,
+    backbone: Backbone,
+    samples: Sequence[Sample],
+    own: Sequence[Sample],
+    prompts: tuple[tuple[str, ...], tuple[str, ...]],
+    options: TrainOptions,
+    steps: int | None,
+) -> tuple[Cost, Memory | None]:
+    o, (kept_prompts, held) = options, prompts
+    captions = tuple(sample.caption for sample in samples)
+    painted = prepare.pictured(captions, kept_prompts, o)
+    opening, shutting = prepare.gate_prompts(captions, (*kept_prompts, *(s.caption for s in own)), o)
+    gate = len(opening) + len(shutting) + len(held) + 1 if o.gated else 0
+    side = prepare.side_of(pipe, o)
+    sizes = memory.Sizes(
+        side=side,
+        pictures=len(samples),
+        views=len(prepare.views_of(samples, o)),
+        unrelated=len(own) + len(painted),
+        painted=len(painted),
+        buckets=len(set(prepare.fitted_sizes(pipe, samples, o))),
+        prompts=len(samples) + len(own) + len(painted) + 1,
+        gate_prompts=gate,
+    )
+    longest = [max(texts, key=len) for texts in (captions, painted or ("",))]
+    measured = None if steps is None else memory.measure(pipe, backbone, o, side, longest, steps)
+    say("trying a few steps at small sizes, for the memory")
+    needed = memory.estimate(pipe, backbone, o, sizes, longest, prepare.unit_of(pipe))
+    shown = o.steps * o.batch_size * o.grad_accumulation
+    in_epoch = sum(s.repeats for s in samples) * (len(samples) - o.held_out) / len(samples)
+    unrelated = o.steps * o.unrelated_rows * o.grad_accumulation
+    return Cost(o.steps, shown, shown / in_epoch, unrelated, len(painted), measured), needed
+
+
+def _warn(
+    found: _Findings,
+    pictures: Sequence[Picture],
+    same: Sequence[Twins],
+    options: TrainOptions,
+    cost: Cost | None,
+    needed: Memory | None,
+) -> None:
+    """What would not stop the run, and is worth a look."""
+    tell = found.warnings.append
+    if needed is not None and not needed.fits:
+        assert needed.there is not None
+        tell(
+            f"memory: {gib(needed.peak)} needed, {needed.device} has {gib(needed.there)}. Lower --batch-size or "
+            "--resolution, or give --gradient-checkpointing, --mixed-precision bf16 or --quantize."
+        )
+    for pair in same:
+        how = "the same file" if pair.distance is None else f"nearly the same ({pair.distance} of 64 bits differ)"
+        tell(f"{pair.first} and {pair.second} are {how}")
+    for picture in pictures:
+        if picture.lost:
+            tell(f"the caption of {picture.name} is longer than the base reads; lost: {picture.lost}")
+    captions = {picture.caption for picture in pictures}
+    if len(pictures) > 1 and len(captions) == 1:
+        tell(f"all {len(pictures)} captions are the same: {captions.pop()!r}")
+    if options.concept and not options.gated:
+        lacking = [p.name for p in pictures if not prepare.mentions(p.caption, options.concept)]
+        if lacking:
+            tell(f"captions without {options.concept!r}: {few(lacking)}")
+    small = [f"{p.name} ({p.enlarged:.1f} times)" for p in pictures if p.enlarged > 1.001]
+    if small:
+        tell(f"smaller than what is trained on, and enlarged: {few(small)}. Lower --resolution, or leave them out.")
+    cut = [f"{p.name} ({p.cut:.0%})" for p in pictures if p.cut > CUT]
+    if cut:
+        tell(f"cut off, of {few(cut)}" + ("" if options.buckets else ": --buckets keeps shapes"))
+    clear = [p.name for p in pictures if p.clear]
+    if clear:
+        tell(f"partly transparent, white lies under it: {few(clear)}")
+    if cost is not None and cost.epochs < 1:
+        tell(f"{cost.steps} steps show only {cost.epochs:.0%} of the pictures. Raise --steps.")
+
+
+# ------------------------------------------------------------------------------------------------------- as text
+
+
+def gib(size: float) -> str:
+    """Bytes, for people."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, for people."""
+    if seconds < 90:
+        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def text(report: Report) -> str:
+    """The report for a terminal, the most important first."""
+    lines: list[str] = []
+    if report.problems:
+        lines += [f"{len(report.problems)} to mend, or the run stops:", *(f"  {p}" for p in report.problems), ""]
+    else:
+        lines += ["Nothing would stop the run.", ""]
+    if report.warnings:
+        lines += [f"{len(report.warnings)} worth a look:", *(f"  {w}" for w in report.warnings), ""]
+    rows = list(_facts(report))
+    width = max(len(name) for name, _ in rows)
+    lines += [f"{name:<{width}}  {value}" for name, value in rows]
+    if report.pictures:
+        width = max(len(p.name) for p in report.pictures)
+        lines.append("")
+        for p in report.pictures:
+            shape = f"{p.size[0]}x{p.size[1]}"
+            extra = ", mask" if p.mask else ""
+            lines.append(
+                f"{p.name:<{width}}  {shape:>9} -> {p.seen[0]}x{p.seen[1]}  {p.caption} ({p.caption_source}{extra})"
+            )
+    return "\n".join(lines)
+
+
+def _facts(report: Report) -> Iterator[tuple[str, str]]:
+    masks = sum(p.mask for p in report.pictures)
+    yield "pictures", f"{len(report.pictures)}" + (f", {masks} with a mask" if masks else "")
+    for reason, names in report.skipped.items():
+        yield "passed over", f"{len(names)} x {reason}: {few(names)}"
+    if a := report.adapted:
+        yield "sites", a.sites.replace(" sites", "", 1)
+        gate = "a prompt gate" if a.gate else "no prompt gate"
+        yield "trained", f"{a.atoms} atoms, {gate}; {a.parameters:,} parameters, a file of {gib(a.file_bytes)}"
+    if c := report.cost:
+        yield "shown", f"{c.shown:,} pictures in {c.steps} steps, {c.epochs:.1f} epochs; {c.unrelated:,} unrelated ones"
+        if c.painted:
+            yield "painted", f"{c.painted} unrelated pictures before the first step, where they are not cached"
+        if (m := c.measured) and c.seconds is not None:
+            each = f"{duration(m.seconds_per_step)} a step, {duration(m.seconds_per_painting)} a painted picture"
+            yield "time", f"about {duration(c.seconds)}: {each} (measured, {m.steps} steps)"
+            yield "", f"a step holds {gib(m.step_bytes)} (measured)"
+        else:
+            yield "time", "not measured: atomtune doctor --measure 3"
+    if n := report.memory:
+        largest = max(n.phases, key=lambda phase: n.phases[phase])
+        has = "" if n.there is None else f"; {n.device} has {gib(n.there)}"
+        yield "memory", f"about {gib(n.peak)}, in {largest}{has}"
+        yield "", ", ".join(f"{name} {gib(size)}" for name, size in sorted(n.phases.items(), key=lambda e: -e[1]))
+        yield "", f"of it weights {gib(n.weights)}, trained {gib(n.trained)}, pictures and prompts {gib(n.material)}"
