@@ -329,7 +329,7 @@ def _warn(
         tell(f"{pair.first} and {pair.second} are {how}")
     for picture in pictures:
         if picture.lost:
-            tell(f"the caption of {picture.name} is longer than the base reads; lost: {picture.lost}")
+            tell(f"the caption of {picture.name} is longer than the base reads; lost: {short(picture.lost)}")
     captions = {picture.caption for picture in pictures}
     if len(pictures) > 1 and len(captions) == 1:
         tell(f"all {len(pictures)} captions are the same: {captions.pop()!r}")
@@ -351,6 +351,11 @@ def _warn(
 
 
 # ------------------------------------------------------------------------------------------------------- as text
+
+
+def short(words: str) -> str:
+    """The beginning of a long text."""
+    return words if len(words) <= 80 else f"{words[:77]}..."
 
 
 def gib(size: float) -> str:
@@ -384,7 +389,7 @@ def text(report: Report) -> str:
             shape = f"{p.size[0]}x{p.size[1]}"
             extra = ", mask" if p.mask else ""
             lines.append(
-                f"{p.name:<{width}}  {shape:>9} -> {p.seen[0]}x{p.seen[1]}  {p.caption} ({p.caption_source}{extra})"
+                f"{p.name:<{width}}  {shape:>9} -> {p.seen[0]}x{p.seen[1]}  {short(p.caption)} ({p.caption_source}{extra})"
             )
     return "\n".join(lines)
 
