@@ -18,7 +18,8 @@ def test_all_problems_are_told_at_once(kites: Path, tmp_path: Path) -> None:
     (folder / "mute.caption").write_text("a kite")
     first, second = survey(folder).problems
     assert "broken.png" in first
-    assert "mute.png" in second and "mute.caption" in second
+    assert "mute.png" in second
+    assert "mute.caption" in second
 
 
 def test_equal_and_nearly_equal_pictures_are_named(kites: Path, tmp_path: Path) -> None:
@@ -29,7 +30,8 @@ def test_equal_and_nearly_equal_pictures_are_named(kites: Path, tmp_path: Path) 
     equal, near = twins(scan(folder, caption="a kite").samples)
     assert equal == Twins("0.png", "same.png", None)
     assert (near.first, near.second) == ("1.png", "near.jpg")
-    assert near.distance is not None and near.distance <= 6
+    assert near.distance is not None
+    assert near.distance <= 6
 
 
 def test_what_grows_with_the_area_is_carried_on() -> None:

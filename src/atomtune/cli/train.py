@@ -58,7 +58,11 @@ class Planned:
         """What `doctor` finds."""
         from atomtune.training.doctor import examine
 
-        asked = {"out": self.folder, "resume": self.resume, "allow_changed_data": self.allow_changed_data}
+        asked: dict[str, Any] = {
+            "out": self.folder,
+            "resume": self.resume,
+            "allow_changed_data": self.allow_changed_data,
+        }
         return examine(self.open, self.data, self.options, **asked, **how)
 
 
