@@ -387,9 +387,9 @@ def text(report: Report) -> str:
         lines.append("")
         for p in report.pictures:
             shape = f"{p.size[0]}x{p.size[1]}"
-            extra = ", mask" if p.mask else ""
+            extra, said = ", mask" if p.mask else "", short(p.caption)
             lines.append(
-                f"{p.name:<{width}}  {shape:>9} -> {p.seen[0]}x{p.seen[1]}  {short(p.caption)} ({p.caption_source}{extra})"
+                f"{p.name:<{width}}  {shape:>9} -> {p.seen[0]}x{p.seen[1]}  {said} ({p.caption_source}{extra})"
             )
     return "\n".join(lines)
 
