@@ -1,7 +1,7 @@
 """python scripts/write_docs.py [--check]: write what is said twice from what it is said of.
 
-docs/cli.md comes from the commands' own help; the tables between markers in README.md from benchmarks/results, and the
-one in docs/backbones.md from the backbones.
+docs/cli.md comes from the commands' own help; the tables between markers in README.md and docs/training.md from
+benchmarks/results, and the one in docs/backbones.md from the backbones.
 With --check nothing is written, and the exit code is 1 where a file differs.
 """
 
@@ -140,6 +140,17 @@ def backbones_table() -> str:
     return "\n".join(lines)
 
 
+def reliability_table() -> str:
+    """A row a hazard; what is told beside its counts is a sum of what happened."""
+    rows, command = rows_of("reliability")
+    own = ("part", "hazard", "tried", "survived", "how", "first_failure")
+    lines = ["| hazard | tried | survived | what surviving is | in these trials |", "|---|---:|---:|---|---|"]
+    for row in rows:
+        facts = ", ".join(f"{name} {value}" for name, value in row.items() if name not in own and value is not None)
+        lines.append(f"| {row['hazard']} | {row['tried']} | {row['survived']} | {row['how']} | {facts} |")
+    return "\n".join([*lines, "", f"`{command}`"])
+
+
 TABLES = {
     "README.md": {
         "scenes": scenes_table,
@@ -148,6 +159,7 @@ TABLES = {
         "kept": kept_table,
     },
     "docs/backbones.md": {"backbones": backbones_table},
+    "docs/training.md": {"reliability": reliability_table},
 }
 
 

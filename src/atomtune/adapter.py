@@ -156,7 +156,7 @@ def save(adapter: Adapter, folder: str | Path, **card: Any) -> Path:
 def concept_of(folder: str | Path) -> str | None:
     """The words for what a run was taught, if the folder is a run's that was told any."""
     path = Path(folder) / "options.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("concept") if path.is_file() else None
+    return _entry(path, "concept") if path.is_file() else None
 
 
 def base_of(folder: str | Path) -> str | None:
@@ -165,8 +165,15 @@ def base_of(folder: str | Path) -> str | None:
     path = Path(first) / "adapter_config.json"
     if not path.is_file():
         raise UserError(f"{folder} holds no adapter: adapter_config.json is missing.")
+    return _entry(path, "base_model_name_or_path")
+
+
+def _entry(path: Path, name: str) -> str | None:
+    """A text in a JSON file; None where it has none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except ValueError as error:
+        found = dict(json.loads(path.read_text(encoding="utf-8"))).get(name)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} can't be read: {error}.") from error
+    if not isinstance(found, str | None):
+        raise UserError(f"{path}: `{name}` must be text, got {found!r}.")
     return found or None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from torch.nn.functional import normalize
 
 from atomtune.backbones import Backbone, Conditioning, placed, select
 from atomtune.effect import effects
-from atomtune.errors import UserError
+from atomtune.errors import UserError, did_you_mean
 from atomtune.sparse import CodeStatistics
 from atomtune.tuner import AtomConfig, adapter_config, atom_layers, base_only, open_gate, prune, record, unwrap
 from atomtune.tuner.mixture import same_base
@@ -249,6 +248,9 @@ def ranking(model: Any, statistics: Statistics, formula: str = "effect", adapter
         if path not in statistics:
             raise UserError(f"The adapter has no statistics at {path}: it was saved without them. Train again.")
         s = statistics[path]
+        for name in ("density", "purity", "norm", formula):
+            if name not in s or s[name].shape != (layer.r[adapter],):
+                raise UserError(f"The adapter's statistics at {path} lack the {name} of some atoms. Train again.")
         values = _importance(s, formula)
         site = sites.index(path)
         for row, number in enumerate(layer.dictionary(adapter).atom_ids.tolist()):
@@ -305,8 +307,7 @@ def find(ranked: Sequence[Atom], name: str) -> Atom:
     known = {a.called: a for a in ranked} | {a.name: a for a in ranked}
     if wanted in known:
         return known[wanted]
-    close = difflib.get_close_matches(wanted, known, n=3)
-    hint = f" Close: {', '.join(close)}." if close else ""
+    hint = did_you_mean(wanted, known)
     if _NAME.fullmatch(wanted) is None:
         raise UserError(f"An atom is named like L17[137], or as it was labelled, got {name!r}.{hint}")
     raise UserError(f"The adapter has no atom {name}.{hint}")
@@ -317,9 +318,8 @@ def at_site(ranked: Sequence[Atom], name: str) -> list[Atom]:
     found = [a for a in ranked if name in (f"L{a.site}", a._within(f"L{a.site}")) or f".{a.path}".endswith(f".{name}")]
     if not found:
         ends = {a.path.split(".", n)[-1] for a in ranked for n in range(a.path.count(".") + 1)}
-        close = difflib.get_close_matches(name, sorted(ends | {a._within(f"L{a.site}") for a in ranked}), n=3)
-        hint = f" Close: {', '.join(close)}." if close else ""
-        raise UserError(f"The adapter has no site {name!r}.{hint}")
+        known = ends | {a._within(f"L{a.site}") for a in ranked}
+        raise UserError(f"The adapter has no site {name!r}.{did_you_mean(name, known)}")
     return found
 
 

@@ -1,13 +1,40 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and what tells a file of tensors from a damaged one."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from atomtune.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def key(*parts: bytes | str) -> str:
+    """The sha256 of all that something depends on; parts don't run together."""
+    digest = hashlib.sha256()
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
+        digest.update(f"{type(part).__name__} {len(data)} ".encode())
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def checksum(tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 of tensors on the CPU: names, dtypes, shapes and every bit."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(key(name, str(tensor.dtype), str(tuple(tensor.shape))).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def write_whole(path: Path, content: str | bytes) -> Path:
@@ -19,7 +46,8 @@ def write_whole(path: Path, content: str | bytes) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with fresh.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            # Names of files may hold bytes that are no text: as an escape JSON reads them back.
+            file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(fresh, path)

@@ -86,7 +86,7 @@ def test_every_field_of_a_command_is_in_its_help(capsys: pytest.CaptureFixture) 
 
 def test_an_unknown_command_gets_a_suggestion(capsys: pytest.CaptureFixture) -> None:
     assert "no command 'trian'" in (line := mistake(main(["trian"]), capsys))
-    assert line.endswith("Did you mean train?")
+    assert line.endswith("Did you mean `train`?")
     assert "Did you mean" not in mistake(main(["xyzzy"]), capsys)
 
 
@@ -149,7 +149,7 @@ def test_train_atoms_prune_generate(train: Train, runs: Path, tmp_path: Path, ca
     # Mistakes, each on a run that exists.
     wrong: list[tuple[list[str], str]] = [
         (["generate", str(run), "a kite", "--density", "1.5"], "`density` must be between 0 and 1, got 1.5"),
-        (["generate", str(run), "a kite", "--atom", "L0[99]=1"], "no atom L0[99]. Close: L0["),
+        (["generate", str(run), "a kite", "--atom", "L0[99]=1"], "no atom L0[99]. Did you mean `L0["),
         (["generate", str(run), "a kite", "--atom", "L0[1]"], "`atom` must be like L17[137]=0.5, got 'L0[1]'"),
         (["generate", str(run), "a kite", "--atom", "L0[1]=much"], "`atom` must be like L17[137]=0.5"),
         (["generate", str(run), "a kite", "--strength", "nan"], "`strength` must be a finite number"),
@@ -293,7 +293,7 @@ def test_an_unknown_base_is_one_line(
 ) -> None:
     import shutil
 
-    assert "Did you mean 'embedded'?" in mistake(train(tmp_path / "run", base="embeded"), capsys)
+    assert "Did you mean `embedded`?" in mistake(train(tmp_path / "run", base="embeded"), capsys)
     assert "(with model_index.json)" in mistake(train(tmp_path / "run", base=str(tmp_path)), capsys)
     broken = tmp_path / "broken"
     shutil.copytree(bases["lumina2"], broken)

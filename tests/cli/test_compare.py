@@ -57,9 +57,9 @@ def test_two_adapters_taught_apart_share_a_picture(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--task", "customisation"], "`task` must be one of"),
-        (["--methods", "lorra"], "Did you mean 'lora'"),
-        (["--subjects", "pinapple"], "Did you mean 'pineapple'"),
-        (["--set", "stebs=3"], "Did you mean 'steps'"),
+        (["--methods", "lorra"], "Did you mean `lora`"),
+        (["--subjects", "pinapple"], "Did you mean `pineapple`"),
+        (["--set", "stebs=3"], "Did you mean `steps`"),
         (["--processes", "0"], "`processes` must be at least 1"),
     ],
 )

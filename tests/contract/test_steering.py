@@ -241,16 +241,16 @@ def test_a_steer_that_says_nothing_sound_is_told() -> None:
 
 def test_what_is_not_there_is_told_with_what_is_close(adapter: Adapter) -> None:
     for atoms, message in (
-        ("L0[9]", r"no atom L0\[9\]. Close: L0\["),
-        (["to_v", "too_q"], "no site 'too_q'. Close: .*to_q"),
-        ("L99", "no site 'L99'. Close: L"),
+        ("L0[9]", r"no atom L0\[9\]. Did you mean `L0\["),
+        (["to_v", "too_q"], "no site 'too_q'. Did you mean .*to_q"),
+        ("L99", "no site 'L99'. Did you mean `L"),
     ):
         with pytest.raises(UserError, match=message), adapter.using(steer=[Steer(atoms, 0)]):
             pass
     backbone, pipe = backbone_of(adapter.pipe), adapter.pipe
     given = backbone.encode_prompts(pipe, ["a kite"])
     with adapter.using(steer=[Steer(words="kit")]):
-        with pytest.raises(UserError, match=r"got 'kit' for 'a kite'. Did you mean 'kite'"):
+        with pytest.raises(UserError, match=r"got 'kit' for 'a kite'. Did you mean `kite`"):
             atomtune.generate(pipe, ["a kite"], steps=1)
         with pytest.raises(UserError, match="`words` needs the prompt's text"):
             backbone.predict(pipe.transformer, torch.zeros(1, 4, 8, 8), torch.ones(1), given)

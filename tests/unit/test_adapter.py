@@ -55,7 +55,7 @@ def test_atoms_are_ranked_and_found(adapter: atomtune.Adapter) -> None:
     assert atoms.top(3) == list(atoms)[:3]
     assert atoms[atoms.top(1)[0].name] == atoms.top(1)[0]
     assert len(atoms.by("maximum")) == len(atoms)
-    with pytest.raises(UserError, match="Close: "):
+    with pytest.raises(UserError, match="Did you mean "):
         atoms["L0[99]"]
 
 

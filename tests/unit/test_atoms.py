@@ -195,7 +195,7 @@ def test_single_atoms_are_set_over_the_density() -> None:
 
 def test_an_atom_is_found_by_name_or_close_ones_are_named() -> None:
     assert find(RANKED, "L0[12]") is RANKED[3]
-    with pytest.raises(UserError, match=r"no atom L0\[13\]\. Close: .*L0\[12\]"):
+    with pytest.raises(UserError, match=r"no atom L0\[13\]\. Did you mean .*L0\[12\]"):
         find(RANKED, "L0[13]")
     for name in ("atom 3", "L0", "0[12]", "L0[12] and more"):
         with pytest.raises(UserError, match=r"named like L17\[137\]"):

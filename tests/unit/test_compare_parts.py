@@ -129,8 +129,8 @@ def test_a_method_is_written_with_its_options() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("atmos", "Did you mean 'atoms'"),
-        ("atoms:silense=1", "Did you mean 'silence'"),
+        ("atmos", "Did you mean `atoms`"),
+        ("atoms:silense=1", "Did you mean `silence`"),
         ("atoms:silence", "name=value"),
     ],
 )
@@ -143,9 +143,9 @@ def test_a_wrong_method_is_told(text: str, message: str) -> None:
     ("change", "message"),
     [
         ({"task": "custom"}, "`task` must be one of"),
-        ({"subjects": ("pinapple",)}, "Did you mean 'pineapple'"),
+        ({"subjects": ("pinapple",)}, "Did you mean `pineapple`"),
         ({"sizes": (0,)}, "`sizes` must be ranks"),
-        ({"methods": ("lorra",)}, "Did you mean 'lora'"),
+        ({"methods": ("lorra",)}, "Did you mean `lora`"),
     ],
 )
 def test_a_wrong_grid_is_told(change: dict[str, Any], message: str) -> None:

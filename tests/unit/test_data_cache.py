@@ -186,7 +186,7 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytes
         raise OSError("disk full")
 
     monkeypatch.setattr(module.os, "replace", full)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"Could not write the cache entry .*: disk full"):
         Cache(tmp_path).get(key("a"), counting([], "a"))
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 

@@ -221,7 +221,7 @@ def test_repeats_and_columns_of_metadata(tmp_path: Path) -> None:
     assert [(s.caption, s.repeats) for s in scan(tmp_path).samples] == [("short", 1), ("beside", 4)]
     assert scan(tmp_path, caption_column="long").samples[0].caption == "a long one"
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "x", "repeats": 0}))
-    with pytest.raises(UserError, match='line 1: "repeats" must be a whole number of at least 1, got 0'):
+    with pytest.raises(UserError, match='line 1: "repeats" must be a whole number from 1 to 10000, got 0'):
         scan(tmp_path)
 
 

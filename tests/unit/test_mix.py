@@ -327,7 +327,7 @@ def test_commands(places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     for arguments, message in (
         (["--where", f"b={left}"], "`steer`: the parts are a, same, got 'b'"),
         (["--where", str(left), "--where", str(right)], "`where` must be like name=value"),
-        (["--density", "a/L9=0.5"], "no site 'a/L9'. Close: a/L"),
+        (["--density", "a/L9=0.5"], "no site 'a/L9'. Did you mean `a/L"),
         (["--density", "0.5", "--density", "much"], "`density` must be one number, or several like L17=0.2"),
         (["--density", "L0=much"], "`density` must be like L17=0.2, got 'L0=much'"),
         (["--purity", "2"], "`purity` must be between 0 and 1, got 2.0"),

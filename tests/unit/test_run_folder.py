@@ -42,6 +42,63 @@ def test_changed_data_is_noticed_by_a_resumed_run(
     assert len(log(run)) == 2
 
 
+def test_a_run_that_died_before_its_claim_is_started_again(tmp_path: Path) -> None:
+    """Killed between two files of the claim: neither a run to go on with nor somebody's folder."""
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.toml", "data.json", ".options.12-abcdef01.tmp"):
+        (run / name).write_text("half")
+    run_folder.check_free(run, TrainOptions())
+    with pytest.raises(UserError, match="started again without --resume"):
+        run_folder.stored(run, TrainOptions())
+    (run / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        run_folder.check_free(run, TrainOptions())
+
+
+def test_a_run_that_died_in_its_last_save_is_put_back(go: Go) -> None:
+    """The folder had been moved aside, and the finished adapter had taken its place, or not yet."""
+    run = go(steps=2)
+    before = {path.relative_to(run) for path in run.rglob("*")}
+    run.rename(run.with_name(f".{run.name}.previous"))
+    assert go(steps=2, resume=True) == run
+    assert before <= {path.relative_to(run) for path in run.rglob("*")}
+    run.rename(run.with_name(f".{run.name}.previous"))
+    run.mkdir()
+    with pytest.raises(UserError, match="not empty"):
+        go(steps=2)
+    assert (run / "options.json").is_file()
+
+
+def test_damaged_papers_of_a_run_are_told_in_one_line(go: Go) -> None:
+    run = go(steps=2)
+    for name in ("options.json", "data.json"):
+        whole = (run / name).read_text()
+        for text in (whole[:30], "[]", "[" * 100_000):
+            (run / name).write_text(text)
+            with pytest.raises(UserError, match=f"{name} (can't be read|must hold a table)"):
+                go(steps=2, resume=True)
+        (run / name).write_text(whole)
+    whole = (run / "options.json").read_text()
+    (run / "options.json").write_text(whole.replace('"layers.0.attn.to_q"', "null"))
+    with pytest.raises(UserError, match="`sites` of a saved run must be str, got None"):
+        go(steps=2, resume=True)
+
+
+def test_a_log_loses_lines_that_tell_of_no_step(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"loss": 1}\n[]\n{"step": "x"}\n\xff}\n{"step": 2}\n{"step": 3}\n{"step": 2, "lo')
+    run_folder.cut_log(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_mount_point_is_refused_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The finished adapter takes the folder's place in one rename, which a mount point does not allow."""
+    monkeypatch.setattr(Path, "is_mount", lambda self: True)
+    with pytest.raises(UserError, match="mount point"):
+        run_folder.check_free(tmp_path, TrainOptions())
+
+
 def test_what_a_run_leaves_is_for_everybody_who_may_read_the_folder(go: Go) -> None:
     """safetensors' own files are for their owner only."""
     before = os.umask(0o022)

@@ -140,7 +140,7 @@ def test_a_strip_is_what_the_dials_paint_one_by_one(pipe: Any) -> None:
     assert np.abs(255 * pictures - np.stack([np.asarray(one) for one in expected])).max() <= 1
     assert [distance > 0 for distance in away] == [True, True, False, True, True]
     assert all(torch.equal(layer.atom_strength["default"], torch.ones(4)) for layer in atom_layers(pipe).values())
-    with pytest.raises(UserError, match=r"no atom L0\[9\]\. Close: L0"):
+    with pytest.raises(UserError, match=r"no atom L0\[9\]\. Did you mean `L0"):
         strips(pipe, ranked, ["L0[9]"], CAPTIONS[0])
 
 

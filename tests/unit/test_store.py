@@ -240,7 +240,7 @@ def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.safetensors.torch, "save_file", full)
+    monkeypatch.setattr(module, "_write_tensors", full)
     with pytest.raises(UserError, match="No space left"):
         save(adapted(), folder)
     assert torch.equal(adapted_from(folder)(X), old)
@@ -380,6 +380,40 @@ def test_another_base(folder: Path) -> None:
     del smaller.layers[2]
     with pytest.warns(UserWarning, match="another base model"):
         refused(folder, "no site 'layers.2.up'", smaller, allow_other_base=True)
+
+
+def test_an_altered_bit_is_noticed_and_files_without_a_checksum_load(folder: Path) -> None:
+    """Every tensor stays finite and of its shape: nothing but the checksum can tell."""
+    path = folder / "adapter_model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    refused(folder, "checksum is wrong")
+    path.write_bytes(whole)
+    tensors = safetensors.torch.load_file(path)
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    adapted_from(folder)
+
+
+def test_a_config_of_other_weights_is_refused(folder: Path) -> None:
+    threshold = json.loads((folder / "adapter_config.json").read_text())["threshold"]
+    reconfigure(folder, threshold=threshold + 0.25)
+    refused(folder, "is not the one that")
+    reconfigure(folder, threshold=threshold, base_model_name_or_path="moved")
+    adapted_from(folder)
+
+
+def test_the_same_adapter_is_the_same_bytes(folder: Path, tmp_path: Path) -> None:
+    """safetensors alone writes metadata in an order that changes from process to process."""
+    from safetensors import safe_open
+
+    model = adapted_from(folder)
+    again = save(model, tmp_path / "again")
+    name = "adapter_model.safetensors"
+    assert (again / name).read_bytes() == (folder / name).read_bytes()
+    with safe_open(again / name, "pt") as file:
+        assert set(file.metadata()) == {"format", "sha256", "config"}
+    head = (again / name).read_bytes()[8:200]
+    assert head.index(b"format") < head.index(b"sha256")
 
 
 def test_unknown_entries_of_a_config(folder: Path) -> None:

@@ -58,7 +58,7 @@ def test_keep_and_drop_are_strengths_of_0_for_good(tmp_path: Path) -> None:
     assert [a.name for a in reloaded.atoms] == ["L1[3]", "L0[2]", "L1[2]", "L0[1]", "L0[0]", "L1[0]"]
     assert torch.equal(reloaded.pipe(X), adapter.pipe(X))
     assert torch.allclose(adapter.pipe(X), expected, atol=1e-6)
-    with pytest.raises(UserError, match=r"no atom L0\[4\]\. Close: .*L0\["):
+    with pytest.raises(UserError, match=r"no atom L0\[4\]\. Did you mean .*L0\["):
         drop(adapter, ["L0[0]", "L0[4]"])
     with pytest.raises(UserError, match="At least one atom of default must be left"):
         drop(adapter, [a.name for a in adapter.atoms])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,7 +36,7 @@ from atomtune.backbones.base import (
     select,
 )
 from atomtune.backbones.reading import token_texts, word_tokens
-from atomtune.errors import UserError
+from atomtune.errors import UserError, did_you_mean
 
 EMBEDDED = "embedded"
 """The base that ships with atomtune."""
@@ -152,12 +151,14 @@ def open_pipeline(base: str, dtype: str = "float32", device: str | None = None) 
         if looks_local and not (path / "model_index.json").is_file():
             raise UserError(f"`base` must be a diffusers pipeline folder (with model_index.json), got {base}.")
         if not looks_local and base.count("/") != 1:
-            close = difflib.get_close_matches(base, [EMBEDDED], cutoff=0.4)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(base, [EMBEDDED])
             raise UserError(f"`base` must be {EMBEDDED!r}, a folder or a hub id owner/name, got {base!r}.{hint}")
         try:
             with _quiet():
-                pipe = DiffusionPipeline.from_pretrained(path if looks_local else base, dtype=getattr(torch, dtype))
+                # Pickle runs code when it is read.
+                pipe = DiffusionPipeline.from_pretrained(
+                    path if looks_local else base, dtype=getattr(torch, dtype), use_safetensors=True
+                )
         except (OSError, ValueError) as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UserError(f"`base` can't be loaded from {base}: {reason}") from error

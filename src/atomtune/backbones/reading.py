@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from atomtune.errors import UserError
+from atomtune.errors import UserError, did_you_mean
 
 
 class Reading(NamedTuple):
@@ -67,8 +66,7 @@ def word_tokens(readings: list[Reading], words: str) -> list[int]:
     for reading in readings:
         spans = [match.span() for match in pattern.finditer(reading.prompt)]
         if reading.tokenizer is not None and not spans:
-            close = difflib.get_close_matches(words, re.findall(r"\w+", reading.prompt), n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
+            hint = did_you_mean(words, re.findall(r"\w+", reading.prompt))
             raise UserError(f"`words` must be in every prompt, got {words!r} for {reading.prompt!r}.{hint}")
         tokens = reading.tokens()
         for number, (_, inside, a, b) in enumerate(tokens):

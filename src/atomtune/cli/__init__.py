@@ -50,10 +50,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     name, rest = arguments[0], arguments[1:]
     if name not in COMMANDS:
-        import difflib
+        from atomtune.errors import did_you_mean
 
-        close = difflib.get_close_matches(name, COMMANDS, n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
+        hint = did_you_mean(name, COMMANDS)
         print(f"error: no command {name!r}; there are {', '.join(COMMANDS)}.{hint}", file=sys.stderr)
         return 2
     return _run(name, rest)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 import sys
 import time
@@ -20,7 +19,7 @@ from atomtune.compare.results import restore, write_result
 from atomtune.compare.results import rows as rows_of
 from atomtune.compare.runner import run
 from atomtune.compare.tasks import TASKS
-from atomtune.errors import UserError
+from atomtune.errors import UserError, did_you_mean
 from atomtune.files import write_whole
 from atomtune.tuner import fingerprint
 
@@ -56,7 +55,8 @@ class Grid:
     def cells(self) -> list[Cell]:
         """Every cell, subject by subject. Raises UserError on a task, method, subject or option that is unknown."""
         if self.task not in TASKS:
-            raise UserError(f"`task` must be one of {', '.join(TASKS)}, got {self.task!r}.{_close(self.task, TASKS)}")
+            hint = did_you_mean(self.task, TASKS)
+            raise UserError(f"`task` must be one of {', '.join(TASKS)}, got {self.task!r}.{hint}")
         for size in self.sizes:
             if size < 1:
                 raise UserError(f"`sizes` must be ranks of at least 1, got {size}.")
@@ -98,14 +98,9 @@ def subjects_of(task: str, names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         if name not in groups and name not in every:
             listing = ", ".join((*groups, *every))
-            raise UserError(f"`subjects` of {task} must be among {listing}, got {name!r}.{_close(name, every)}")
+            raise UserError(f"`subjects` of {task} must be among {listing}, got {name!r}.{did_you_mean(name, every)}")
         found += groups.get(name, (name,))
     return tuple(dict.fromkeys(found))
-
-
-def _close(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""
 
 
 def compare(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from atomtune.errors import UserError
+from atomtune.errors import UserError, did_you_mean
 from atomtune.training.options import TrainOptions
 
 BASE = "base"
@@ -74,8 +73,7 @@ def parse(text: str) -> tuple[str, dict[str, Any]]:
     """`atoms:silence=0.01,n_atoms=64` as a method's name and the options that it changes."""
     name, _, rest = text.partition(":")
     if name != BASE and name not in METHODS:
-        close = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.4)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(name, METHODS)
         raise UserError(f"`methods` must be among {', '.join((BASE, *METHODS))}, got {name!r}.{hint}")
     return name, parse_options(rest.split(","))
 
@@ -89,8 +87,7 @@ def _pair(part: str) -> tuple[str, Any]:
     key, sign, value = part.partition("=")
     known = {f.name for f in dataclasses.fields(TrainOptions)}
     if not sign or key not in known:
-        close = difflib.get_close_matches(key, known, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
+        hint = did_you_mean(key, known)
         raise UserError(f"An option of training is written name=value, such as steps=200, got {part!r}.{hint}")
     if key == "sites":
         return key, tuple(value.split("+"))

@@ -14,9 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from atomtune.errors import UserError
+from atomtune.errors import UserError, did_you_mean
 from atomtune.sparse import Dictionary, sparsity
-from atomtune.tuner.config import close_names
 
 MARK = "_atomtune_rival"
 """Attribute of a model that carries a rival: its name."""
@@ -67,7 +66,7 @@ def target(model: nn.Module, sites: Sequence[str], rank: int, seed: int) -> Targ
     for site in sites:
         if not any(_ends(name, site) for name in layers):
             known = {name.rpartition(".")[2] for name, module in modules.items() if isinstance(module, nn.Linear)}
-            raise UserError(f"`sites`: no linear layer is named {site!r}.{close_names(site, known)}")
+            raise UserError(f"`sites`: no linear layer is named {site!r}.{did_you_mean(site, known)}")
     flags = tuple((p, p.requires_grad) for p in model.parameters())
     return Target(model, tuple(sites), layers, rank, seed, flags)
 

@@ -5,7 +5,6 @@ PEFT's methods are PEFT's own code, with no option but those in `PEFT`; the rest
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, cast_adapter_dtype
 from torch import Tensor, nn
 
 from atomtune.compare.plain_rivals import MARK, PLAIN, Rival, Target, checked_strength, release, target
-from atomtune.errors import UserError
+from atomtune.errors import UserError, did_you_mean
 
 __all__ = ["RIVALS", "Rival", "attach_rival"]
 
@@ -266,7 +265,5 @@ def attach_rival(name: str, model: nn.Module, sites: Sequence[str], rank: int, s
     caller's random numbers are as if nothing had happened. Raises UserError on what can't work.
     """
     if name not in RIVALS:
-        close = difflib.get_close_matches(name, RIVALS, n=1, cutoff=0.4)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"`name` must be one of {', '.join(RIVALS)}, got {name!r}.{hint}")
+        raise UserError(f"`name` must be one of {', '.join(RIVALS)}, got {name!r}.{did_you_mean(name, RIVALS)}")
     return RIVALS[name](model, sites, rank, seed)

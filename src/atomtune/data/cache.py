@@ -1,6 +1,5 @@
 """A folder of tensors found by what made them, never by position; safe to delete at any time."""
 
-import hashlib
 import json
 import logging
 import os
@@ -9,48 +8,32 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from atomtune.errors import UserError
+from atomtune.files import checksum, key
+
+__all__ = ["Cache", "key"]
 
 log = logging.getLogger(__name__)
-
-
-def key(*parts: bytes | str) -> str:
-    """The sha256 of all an entry depends on (content, size, encoder, dtype); parts don't run together."""
-    digest = hashlib.sha256()
-    for part in parts:
-        data = part.encode() if isinstance(part, str) else part
-        digest.update(f"{type(part).__name__} {len(data)} ".encode())
-        digest.update(data)
-    return digest.hexdigest()
-
-
-def _fingerprint(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(key(name, str(tensor.dtype), str(tuple(tensor.shape))).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _pack(entry: str, tensors: dict[str, Tensor]) -> bytes:
     if not tensors:
         raise ValueError("`make` must return at least one tensor, got none.")
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    return save(plain, metadata={"key": entry, "sha256": _fingerprint(plain)})
+    return save(plain, metadata={"key": entry, "sha256": checksum(plain)})
 
 
 def _unpack(entry: str, data: bytes) -> dict[str, Tensor]:
     """The tensors of a packed entry; ValueError or SafetensorError if it isn't whole, or is another's."""
     tensors = load(data)
-    stamp = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
+    stamp = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__") or {}
     if stamp.get("key") != entry:
         raise ValueError("it belongs to another key")
-    if stamp.get("sha256") != _fingerprint(tensors):
+    if stamp.get("sha256") != checksum(tensors):
         raise ValueError("its checksum is wrong")
     return tensors
 
@@ -76,7 +59,7 @@ class Cache:
             return _unpack(entry, self.path(entry).read_bytes())
         except FileNotFoundError:
             return None
-        except (SafetensorError, ValueError) as error:
+        except (SafetensorError, ValueError, KeyError, OSError) as error:
             log.warning("cache entry %s is damaged (%s): it is made again", self.path(entry), error)
             return None
 
@@ -96,7 +79,8 @@ class Cache:
     def _write(self, entry: str, data: bytes) -> None:
         """Beside its place, then renamed: a reader sees the whole entry or none.
 
-        No fsync: an entry cut short by a power loss fails its checksum and is made again.
+        No fsync: an entry cut short by a power loss fails its checksum and is made again. Raises UserError where it
+        can't be written.
         """
         path = self.path(entry)
         for attempts_left in (2, 1, 0):
@@ -111,6 +95,15 @@ class Cache:
                     Path(temporary).unlink(missing_ok=True)
                     raise
                 return
-            except FileNotFoundError:  # someone is deleting the cache under us
+            except FileNotFoundError as error:  # someone is deleting the cache under us
                 if not attempts_left:
-                    raise
+                    raise _unwritten(path, error) from error
+            except OSError as error:
+                raise _unwritten(path, error) from error
+
+
+def _unwritten(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"Could not write the cache entry {path}: {error.strerror or error}. Free space, and give the same "
+        "command again; entries that are there are kept."
+    )

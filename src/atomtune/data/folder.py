@@ -80,7 +80,7 @@ def _list(folder: Path, caption_extension: str, caption_column: str | None, foll
         why = _reason_by_kind(path) or reason(path.name, caption_extension)
         if why is not None:
             listing.skipped.append(Skipped(path, why))
-        elif follow_links or path.resolve().is_relative_to(root):
+        elif follow_links or _inside(path, root):
             listing.add(path, caption_extension)
         else:
             why = "link out of the folder: copy the file in, or pass --follow-links"
@@ -92,6 +92,13 @@ def _list(folder: Path, caption_extension: str, caption_column: str | None, foll
     for metadata in listing.metadata:
         listing.notes.update(_read_metadata(metadata, names, caption_column))
     return listing
+
+
+def _inside(path: Path, root: Path) -> bool:
+    try:
+        return path.resolve().is_relative_to(root)
+    except (OSError, RuntimeError):  # a link to itself
+        return False
 
 
 def _reason_by_kind(path: Path) -> str | None:

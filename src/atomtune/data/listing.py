@@ -15,6 +15,7 @@ READABLE = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", "
 FOREIGN = (".heic", ".heif", ".jxl", ".psd", ".svg", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf")
 CAPTIONS = ("text", "caption", "prompt")
 """Where a caption is looked for in a line of metadata or a table's columns, unless it is named."""
+MOST_REPEATS: Final = 10_000
 _OTHER_CAPTIONS = (".txt", ".caption", ".captions", ".cap", ".tags")
 
 
@@ -124,8 +125,10 @@ def note_of(row: Any, where: str, source: str, caption_column: str | None) -> No
     caption = next((row[column] for column in columns if row.get(column)), "")
     if not isinstance(caption, str):
         raise UserError(f'{where}: "{columns[0]}" must be a string, got {caption!r}.')
+    if any(0xD800 <= ord(letter) < 0xE000 for letter in caption):  # JSON can escape what is no letter
+        raise UserError(f'{where}: "{columns[0]}" must be text, got {caption!r}.')
     repeats = row.get("repeats", 1)
     repeats = 1 if repeats is None else repeats
-    if type(repeats) is not int or repeats < 1:
-        raise UserError(f'{where}: "repeats" must be a whole number of at least 1, got {repeats!r}.')
+    if type(repeats) is not int or not 1 <= repeats <= MOST_REPEATS:
+        raise UserError(f'{where}: "repeats" must be a whole number from 1 to {MOST_REPEATS}, got {repeats!r}.')
     return Note(words(caption), source, repeats)

@@ -96,7 +96,10 @@ def _rgb_or_rgba(picture: Image.Image) -> Image.Image:
         # Pillow keeps the high bytes of 16-bit colour, but the clear colour in full.
         picture = picture.copy()
         picture.info["transparency"] = tuple(value >> 8 for value in clear)
-    return picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    try:
+        return picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+    except (ValueError, OSError) as error:  # of colours that Pillow can read but not turn, such as LAB
+        raise UserError(f"cannot be decoded: {error}. Save it as RGB") from error
 
 
 def on_matte(picture: Image.Image, matte: tuple[int, int, int] = WHITE) -> Image.Image:

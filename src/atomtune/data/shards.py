@@ -6,7 +6,7 @@ Pictures are read from their places in the archive; nothing is unpacked.
 import tarfile
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from atomtune.data.listing import Listing, Skipped, json_of, normal, note_of, reason, text_of
 from atomtune.data.packed import File, Packed
@@ -49,13 +49,22 @@ def _members(path: Path) -> list[tuple[tarfile.TarInfo, Packed]]:
         size = path.stat().st_size
         with tarfile.open(path, "r:") as archive:
             members = [member for member in archive.getmembers() if not member.isdir()]
+            end = archive.offset
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except tarfile.TarError as error:
         raise UserError(f"{path} must be a plain .tar, not compressed and whole: {error}. Make it again.") from error
     for member in members:
+        name = PureWindowsPath(member.name)  # whose rules see both kinds of slash and drive letters
+        if name.anchor or ".." in name.parts:
+            raise UserError(f"{path}: names must stay inside the shard, got {member.name!r}. Make it again.")
         if member.offset_data + member.size > size:
             raise UserError(f"{path} ends within {member.name}: it was cut off. Fetch or make it again.")
+    with path.open("rb") as file:  # tarfile takes a header that it can't read for the end
+        file.seek(end)
+        mark = file.read(tarfile.BLOCKSIZE)
+    if len(mark) < tarfile.BLOCKSIZE or any(mark):
+        raise UserError(f"{path} has no end: it was cut off, or is damaged at byte {end}. Fetch or make it again.")
     read = [partial(_read, path, member.offset_data, member.size) for member in members]
     return [
         (member, Packed(str(path.parent), f"{path.name}/{member.name}", fetch))

@@ -25,6 +25,7 @@ STATE = "state.json"
 OPTIMIZER = "optimizer.safetensors"
 OPTIMIZER_PLAIN = "optimizer.json"
 LOOP = "loop.safetensors"
+_NEEDED = {OPTIMIZER, OPTIMIZER_PLAIN, LOOP, "adapter/adapter_model.safetensors", "adapter/adapter_config.json"}
 
 
 def folder_of(run: Path, step: int) -> Path:
@@ -69,23 +70,33 @@ def save(
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(fresh, folder)
     except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
-        shutil.rmtree(fresh, ignore_errors=True)
         raise UserError(f"Could not write {folder}: {error}. Earlier checkpoints are untouched.") from error
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
     for old in sorted((run / "checkpoints").glob("step-*"))[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
-def newest(run: Path) -> tuple[int, Path] | None:
-    """The newest checkpoint whose files are whole; broken ones are passed over."""
+def newest(run: Path, tell: Callable[[str], None] = lambda text: None) -> tuple[int, Path] | None:
+    """The newest checkpoint whose files are whole; broken ones are passed over, and told."""
     for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
-        try:
-            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            if all(_digest(folder / name) == digest for name, digest in state["sha256"].items()):
-                return int(state["step"]), folder
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
+        if (step := _whole(folder)) is not None:
+            return step, folder
+        tell(f"warning: the checkpoint {folder} is damaged and passed over")
     return None
+
+
+def _whole(folder: Path) -> int | None:
+    """The step of a checkpoint whose files are all there and as they were written; None for another."""
+    try:
+        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        step, digests = int(state["step"]), dict(state["sha256"])
+        if folder_of(folder.parents[1], step) != folder or not digests.keys() >= _NEEDED:
+            return None
+        return step if all(_digest(folder / name) == digest for name, digest in digests.items()) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def schedule_of(folder: Path) -> dict[str, Any] | None:

@@ -8,19 +8,18 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from atomtune.errors import UserError
-from atomtune.training.options import close
+from atomtune.errors import UserError, did_you_mean
 
 
 def read(path: Path, known: Collection[str]) -> dict[str, Any]:
     """The options in a file. Raises UserError on unknown ones, naming the nearest, and on values of no use."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"`config` can't be read: {path}: {error}.") from error
     for name, value in values.items():
         if name not in known:
-            raise UserError(f"{path}: unknown option {name!r}.{close(name, known)}")
+            raise UserError(f"{path}: unknown option {name!r}.{did_you_mean(name, known)}")
         if not isinstance(value, bool | int | float | str | list):
             raise UserError(f"{path}: `{name}` must be a value, got {value!r}.")
     return values

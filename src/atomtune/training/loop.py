@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 import math
 import signal
 import threading
@@ -23,6 +23,7 @@ from atomtune.adapter import Adapter
 from atomtune.atoms import contained, measure, order_by_importance, reaches, strengths
 from atomtune.backbones import Backbone, Conditioning, Grid, backbone_of, base_name, denoiser, placed, select
 from atomtune.errors import UserError
+from atomtune.files import write_whole
 from atomtune.sampling import generate
 from atomtune.sparse import anneal_k, dead_atoms
 from atomtune.training import checkpoints, gating, hub, objective, optimizers, run_folder, validation
@@ -84,6 +85,9 @@ def train(
     options = options or TrainOptions()
     run, base, backbone = Path(out), denoiser(pipe), backbone_of(pipe)
     processes = PartialState(cpu=pipe.vae.device.type == "cpu")
+    if processes.is_main_process:
+        run_folder.mend(run)
+    processes.wait_for_everyone()
     options = run_folder.stored(run, options) if resume else run_folder.check_free(run, options)
     tracked = chosen(options.trackers) if processes.is_main_process else ()
     processes.wait_for_everyone()
@@ -288,7 +292,7 @@ class Run:
         )
 
     def resume(self) -> None:
-        found = checkpoints.newest(self.run)
+        found = checkpoints.newest(self.run, say)
         if found is not None:
             self.done, folder = found
             self.optimizer, loop = checkpoints.restore(folder, self.base, self._optimizer, NAME)
@@ -314,7 +318,7 @@ class Run:
         )
         # Each process logs its own share of the data; the first one's is the run's log.
         name = f"log-{self.processes.process_index}.jsonl".replace("-0", "")
-        with bar, _interruptible() as asked_to_stop, (self.run / name).open("a", encoding="utf-8") as log:
+        with bar, _interruptible() as asked_to_stop, run_folder.log_of(self.run / name) as log:
             while not self.over():
                 begin = time.monotonic()
                 terms = self.step(self.done)
@@ -325,7 +329,7 @@ class Run:
                     terms |= self.validate()
                 speed = {"pictures_per_second": round(o.batch_size * o.grad_accumulation / seconds, 2)}
                 line = {"step": self.done, **{k: round(v, 6) for k, v in terms.items()}}
-                print(json.dumps(line | speed), file=log, flush=True)
+                run_folder.note(log, line | speed)
                 if self.trackers:
                     self.trackers.log(terms | speed | {"lr": self.optimizer.param_groups[0]["lr"]}, self.done)
                 bar.update()
@@ -449,7 +453,9 @@ class Run:
                     save(self.base, folder / "adapter", NAME)
                 pictures = generate(self.pipe, prompts, seed=self.options.seed)
             for i, picture in enumerate(pictures if main else ()):
-                picture.save(folder / f"step-{self.done:06d}-{i}.png")
+                held = io.BytesIO()
+                picture.save(held, "PNG")
+                write_whole(folder / f"step-{self.done:06d}-{i}.png", held.getvalue())
         except Exception as error:  # whatever a pipeline raises, the run is worth more than its pictures
             say(f"warning: validation pictures at step {self.done} failed: {type(error).__name__}: {error}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 from collections.abc import Collection, Mapping
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from atomtune.errors import UserError
+from atomtune.errors import UserError, did_you_mean
 
 SCHEDULES = ("cosine", "linear", "constant")
 """What the learning rate does after its warm-up."""
@@ -253,7 +252,8 @@ class TrainOptions:
         fields = {f.name: f for f in dataclasses.fields(cls)}
         for name in values:
             if name not in fields:
-                raise UserError(f"Unknown option {name!r} in a saved run.{close(name, fields)} Of a newer atomtune?")
+                hint = did_you_mean(name, fields)
+                raise UserError(f"Unknown option {name!r} in a saved run.{hint} Of a newer atomtune?")
         return cls(**{name: _read(name, value, str(fields[name].type)) for name, value in values.items()})
 
     def to_json(self) -> str:
@@ -266,15 +266,9 @@ class TrainOptions:
         return cls.from_dict(json.loads(text))
 
 
-def close(name: str, known: Collection[str]) -> str:
-    """A hint at the nearest known name, or nothing."""
-    found = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean `{found[0]}`?" if found else ""
-
-
 def _among(field: str, value: str, known: Collection[str]) -> None:
     if value not in known:
-        raise UserError(f"`{field}` must be one of {', '.join(known)}, got {value!r}.{close(value, known)}")
+        raise UserError(f"`{field}` must be one of {', '.join(known)}, got {value!r}.{did_you_mean(value, known)}")
 
 
 def _read(name: str, value: Any, kind: str) -> Any:
@@ -283,7 +277,8 @@ def _read(name: str, value: Any, kind: str) -> Any:
     if value is None and optional:
         return None
     if kind.startswith("tuple") and isinstance(value, list | tuple):
-        return tuple(value)
+        inner = kind.removeprefix("tuple[").removesuffix(", ...]")
+        return tuple(_read(name, item, inner) for item in value)
     if kind == "float" and type(value) in (int, float):  # JSON knows no difference between 1 and 1.0
         return float(value)
     if kind == "Path" and isinstance(value, str | Path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
+import math
 import os
 import socket
 import sys
@@ -12,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
@@ -22,6 +24,7 @@ from atomtune.errors import UserError
 from atomtune.files import write_whole
 from atomtune.training import config
 from atomtune.training.options import TrainOptions
+from atomtune.tuner import previous_of, recover
 
 try:
     import fcntl
@@ -43,9 +46,18 @@ def say(text: str) -> None:
     tqdm.write(text, file=sys.stderr)
 
 
+def mend(run: Path) -> None:
+    """Finish what a process that died was doing to the folder; one that lives is left alone."""
+    previous = previous_of(run)
+    if previous.is_dir() and not _is_held(previous) and not _is_held(run):
+        recover(run)
+
+
 def check_free(run: Path, options: TrainOptions) -> TrainOptions:
     """The options, where the folder is free for a new run. Raises UserError where it is not."""
-    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+    if run.is_mount():  # the finished adapter takes the folder's place in one rename
+        raise UserError(f"`out` must be a folder that can be renamed, got the mount point {run}. Name one inside it.")
+    if run.exists() and not _is_free(run):
         more = ""
         if (found := status(run)) and found["state"] in ("preparing", "training"):
             who = f"process {found['pid']} on {found['host']}"
@@ -55,12 +67,28 @@ def check_free(run: Path, options: TrainOptions) -> TrainOptions:
     return options
 
 
+def _is_free(run: Path) -> bool:
+    """Whether a folder is empty, or holds only what a run left that died before it had claimed it."""
+    if not run.is_dir():
+        return False
+    names = {path.name for path in run.iterdir()}
+    return all(name in (CONFIG, DATA, LOCK) or _is_unfinished(name) for name in names)
+
+
+def _is_unfinished(name: str) -> bool:
+    """Whether `write_whole` was cut off in this file."""
+    return name.startswith(".") and name.endswith(".tmp")
+
+
 def stored(run: Path, given: TrainOptions) -> TrainOptions:
     """The options that a run began with: a resumed run keeps them, and says so where others were given."""
     path = run / OPTIONS
     if not path.is_file():
-        raise UserError(f"`out` must be the folder of a run to resume, but {run} has no {OPTIONS}.")
-    found = TrainOptions.from_json(path.read_text(encoding="utf-8"))
+        raise UserError(
+            f"`out` must be the folder of a run to resume, but {run} has no {OPTIONS}. A run that had not begun is "
+            "started again without --resume."
+        )
+    found = TrainOptions.from_dict(_table(path))
     for field in dataclasses.fields(TrainOptions):
         old, new = getattr(found, field.name), getattr(given, field.name)
         if new not in (old, field.default):
@@ -69,21 +97,24 @@ def stored(run: Path, given: TrainOptions) -> TrainOptions:
 
 
 def claim(run: Path, options: TrainOptions, settings: Mapping[str, Any], scan: Scan) -> None:
-    """Make the folder ours, once nothing is known to be wrong: a second try finds it free."""
+    """Make the folder ours, once nothing is known to be wrong: a second try finds it free.
+
+    The options come last: with them the run has begun, and `stored` finds it.
+    """
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"`out` can't be written: {error}.") from error
-    write_whole(run / OPTIONS, options.to_json())
     write_whole(run / CONFIG, config.text({**settings, **options.to_dict()}))
     write_whole(run / DATA, json.dumps(_digests(scan), indent=1, ensure_ascii=False) + "\n")
+    write_whole(run / OPTIONS, options.to_json())
 
 
 def check_data(run: Path, scan: Scan, allow_changed: bool) -> None:
     """Raises UserError where pictures, captions or masks are not those that the run began with."""
     if not (run / DATA).is_file():
         return
-    before, now = json.loads((run / DATA).read_text(encoding="utf-8")), _digests(scan)
+    before, now = _table(run / DATA), _digests(scan)
     changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     if not changed:
         return
@@ -96,6 +127,17 @@ def check_data(run: Path, scan: Scan, allow_changed: bool) -> None:
             "--allow-changed-data."
         )
     say(f"warning: data has changed since the run began: {told}")
+
+
+def _table(path: Path) -> dict[str, Any]:
+    """What a JSON file of the run holds. Raises UserError where it is damaged."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} can't be read: {error}. Put it back, or start a new run.") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path} must hold a table, got {str(found)[:60]!r}. Put it back, or start a new run.")
+    return found
 
 
 def _digests(scan: Scan) -> dict[str, dict[str, Any]]:
@@ -129,10 +171,15 @@ def held(run: Path) -> Iterator[None]:
                     f"`out` is being trained by process {found.get('pid')} on {found.get('host')}, at step "
                     f"{found.get('step')}: {run}. Stop that one first, or choose another folder."
                 ) from None
+        for path in run.iterdir():
+            if _is_unfinished(path.name):
+                path.unlink(missing_ok=True)
         yield
 
 
 def _is_held(run: Path) -> bool:
+    if not (run / LOCK).exists():
+        return False
     try:
         with held(run):
             return False
@@ -144,9 +191,10 @@ def status(run: Path) -> dict[str, Any] | None:
     """Where a run stands, as it was last written."""
     try:
         found: dict[str, Any] = json.loads((run / STATUS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    return found if {"state", "step", "pid", "host"} <= found.keys() else None
+    whole = isinstance(found, dict) and {"state", "step", "pid", "host"} <= found.keys()
+    return found if whole else None
 
 
 def set_status(run: Path, state: str, step: int, steps: int, **more: Any) -> None:
@@ -159,12 +207,44 @@ def set_status(run: Path, state: str, step: int, steps: int, **more: Any) -> Non
 # ---------------------------------------------------------------------------------------------------------- log
 
 
+@contextmanager
+def log_of(path: Path) -> Iterator[BinaryIO]:
+    """A log to add lines to. Raises UserError where the disk is full."""
+    try:
+        file = path.open("ab", buffering=0)
+    except OSError as error:
+        raise _unwritten(path, error) from error
+    with file:
+        yield file
+
+
+def note(log: BinaryIO, line: Mapping[str, Any]) -> None:
+    """Add a line to a log, at once. Raises UserError where the disk is full."""
+    data = f"{json.dumps(line)}\n".encode()
+    try:
+        if log.write(data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise _unwritten(Path(log.name), error) from error
+
+
+def _unwritten(path: Path, error: OSError) -> UserError:
+    return UserError(f"Could not write {path}: {error.strerror}. Free space, and go on with --resume.")
+
+
 def cut_log(path: Path, done: int) -> None:
-    """Forget logged steps after the checkpoint that a resumed run starts from."""
+    """Forget logged steps after the checkpoint that a resumed run starts from, and lines that were cut off."""
     if path.exists():
-        lines = [ln for ln in path.read_text(encoding="utf-8").splitlines() if ln.startswith("{")]
-        whole = [ln for ln in lines if ln.endswith("}") and json.loads(ln)["step"] <= done]
-        path.write_text("".join(f"{ln}\n" for ln in whole), encoding="utf-8")
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        write_whole(path, "".join(f"{line}\n" for line in lines if _step(line) <= done))
+
+
+def _step(line: str) -> float:
+    """The step that a line of the log tells of; none is reached where it tells of none."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return math.inf
 
 
 def tell(found: Scan, said: Sequence[str] = ()) -> None:

@@ -16,7 +16,7 @@ from .model import (
     unwrap,
 )
 from .register import register
-from .store import fingerprint, load, load_statistics, prune, save
+from .store import fingerprint, load, load_statistics, previous_of, prune, recover, save
 
 register(AtomConfig, AtomModel)
 
@@ -39,10 +39,12 @@ __all__ = [
     "load_statistics",
     "open_gate",
     "override_gate",
+    "previous_of",
     "prompt_gate",
     "prune",
     "read_gates",
     "record",
+    "recover",
     "remove_adapter",
     "save",
     "unwrap",

@@ -1,15 +1,13 @@
 """The configuration of an adapter: what `adapter_config.json` holds."""
 
-import difflib
 import importlib.metadata
 import itertools
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from peft import PeftConfig
 
-from atomtune.errors import UserError
+from atomtune.errors import UserError, did_you_mean
 from atomtune.sparse import SPARSIFIERS
 
 from .register import ATOMS
@@ -21,12 +19,6 @@ ENCODERS = ("linear", "ista")
 
 def _help(text: str) -> dict[str, str]:
     return {"help": text}
-
-
-def close_names(name: str, known: Iterable[str]) -> str:
-    """` Did you mean ...?`, or nothing where no known name is close."""
-    close = difflib.get_close_matches(name, sorted(set(known)), n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(f'`{other}`' for other in close)}?" if close else ""
 
 
 @dataclass
@@ -102,7 +94,7 @@ class AtomConfig(PeftConfig):
             raise UserError(f"`n_atoms` must be at least 1, got {self.n_atoms}.")
         if self.sparsifier not in SPARSIFIERS:
             known = ", ".join(SPARSIFIERS)
-            hint = close_names(self.sparsifier, SPARSIFIERS)
+            hint = did_you_mean(self.sparsifier, SPARSIFIERS)
             raise UserError(f"`sparsifier` must be one of {known}, got {self.sparsifier!r}.{hint}")
         if self.k is None and self.sparsifier in ("topk", "batch_topk"):
             raise UserError(f"`k` must be given for the sparsifier {self.sparsifier}, got None.")

@@ -10,9 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from atomtune.errors import UserError
+from atomtune.errors import UserError, did_you_mean
 
-from .config import AtomConfig, close_names
+from .config import AtomConfig
 from .layer import AtomLayer, AtomLinear
 
 ATTRIBUTE = "atom_gate"
@@ -360,5 +360,5 @@ def _argument(model: nn.Module, name: str, field: str) -> _Argument:
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return _Argument(name, None)
     raise UserError(
-        f"`{field}` must be an argument of {type(model).__name__}.forward, got {name!r}.{close_names(name, names)}"
+        f"`{field}` must be an argument of {type(model).__name__}.forward, got {name!r}.{did_you_mean(name, names)}"
     )

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atomtune.errors import UserError
+from atomtune.errors import UserError, did_you_mean
 
-from .config import AtomConfig, close_names
+from .config import AtomConfig
 from .gate import PromptGate, prompt_gate
 from .model import adapter_config, atom_layers, attach, unwrap
 from .store import PARTIAL
@@ -36,7 +36,7 @@ def saved_parts(folder: str | Path) -> tuple[dict[str, Path], dict[str, float]]:
         weights = dict(json.loads(path.read_text(encoding="utf-8"))["weights"])
         folders = {name: Path(folder) / name for name in weights}
         check_parts(folders, weights)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(f"{path} can't be read: {error}") from error
     return folders, weights
 
@@ -57,7 +57,7 @@ def check_parts(folders: Mapping[str, str | Path], weights: Mapping[str, float])
         places[place] = name
     for name, weight in weights.items():
         if name not in folders:
-            raise UserError(f"`weight`: the parts are {', '.join(folders)}, got {name!r}.{close_names(name, folders)}")
+            raise UserError(f"`weight`: the parts are {', '.join(folders)}, got {name!r}.{did_you_mean(name, folders)}")
         try:
             finite = math.isfinite(float(weight))
         except (TypeError, ValueError):

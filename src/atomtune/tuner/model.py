@@ -14,10 +14,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 
-from atomtune.errors import UserError
+from atomtune.errors import UserError, did_you_mean
 
 from . import gate
-from .config import AtomConfig, close_names
+from .config import AtomConfig
 from .layer import CANNOT_MERGE, AtomLayer, AtomLinear, linear_features
 from .register import PREFIX
 
@@ -188,7 +188,7 @@ def _checked_sites(model: nn.Module, config: AtomConfig, matches: Any) -> list[s
     if isinstance(config.target_modules, (list, set, tuple)):
         for name in config.target_modules:
             if not any(key == name or key.endswith(f".{name}") for key in modules):
-                raise UserError(f"`target_modules`: no module is named {name!r}.{close_names(name, suffixes)}")
+                raise UserError(f"`target_modules`: no module is named {name!r}.{did_you_mean(name, suffixes)}")
     found = [name for name in modules if matches(config, name)]
     if not found:
         raise UserError(
@@ -210,11 +210,11 @@ def _checked_sites(model: nn.Module, config: AtomConfig, matches: Any) -> list[s
     if config.sites is None:
         for name in config.size_pattern or {}:
             if name not in found:
-                raise UserError(f"`size_pattern`: no site is named {name!r}.{close_names(name, found)}")
+                raise UserError(f"`size_pattern`: no site is named {name!r}.{did_you_mean(name, found)}")
         return found
     for name in config.sites:
         if config.atoms_at(name) and name not in found:
-            raise UserError(f"This base model has no site {name!r}.{close_names(name, found)}")
+            raise UserError(f"This base model has no site {name!r}.{did_you_mean(name, found)}")
     return config.sites
 
 

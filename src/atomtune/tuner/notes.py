@@ -75,7 +75,7 @@ def read_notes(folder: Path) -> Notes:
         return {}
     try:
         found: Notes = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} can't be read: {error}.") from error
     check_notes(found, str(path))
     return found

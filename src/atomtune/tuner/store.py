@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,10 +20,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from atomtune.errors import UserError
+from atomtune.errors import UserError, did_you_mean
+from atomtune.files import checksum
+from atomtune.files import key as digest_of
 
 from . import gate
-from .config import FORMAT_VERSION, AtomConfig, close_names
+from .config import FORMAT_VERSION, AtomConfig
 from .layer import AtomLinear
 from .model import adapter_config, atom_layers, attach, remove_adapter, site_name, unwrap
 from .notes import NOTES, Notes, notes, notes_text, read_notes
@@ -37,6 +40,10 @@ _OURS = (WEIGHTS, CONFIG, STATISTICS, NOTES, CARD, PICTURES)
 _ROOT = "base_model.model."  # PeftModel.from_pretrained wants it in the keys
 PARTIAL = "partial:"
 _SAMPLES = 64
+_SHAPING = (
+    *("n_atoms", "k", "sparsifier", "encoder", "threshold", "normalize", "encoder_bias", "steps", "size_pattern"),
+    *("sites", "gate_input", "gate_mask", "gate_dim", "gate_starts"),
+)
 
 
 # --------------------------------------------------------------------------------------------------- save
@@ -76,10 +83,10 @@ def save(
     )
     fresh = folder.with_name(f".{folder.name}.saving")
     try:
-        _recover(folder)
+        recover(folder)
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
-        safetensors.torch.save_file(tensors, fresh / WEIGHTS, metadata={"format": "pt"})
+        _write_tensors(tensors, fresh / WEIGHTS, config=_shape(config))
         (fresh / CONFIG).write_text(json.dumps(_plain(config), indent=2, sort_keys=True) + "\n")
         if statistics:
             flat = {
@@ -87,13 +94,11 @@ def save(
                 for site, named in statistics.items()
                 for name, t in named.items()
             }
-            safetensors.torch.save_file(flat, fresh / STATISTICS, metadata={"format": "pt"})
-        for path in fresh.glob("*.safetensors"):  # which safetensors makes for their owner only
-            shutil.copymode(fresh / CONFIG, path)
+            _write_tensors(flat, fresh / STATISTICS)
         if noted := notes_text(base, adapter):
             (fresh / NOTES).write_text(noted, encoding="utf-8")
         (fresh / CARD).write_text(_card(config, card or {}, fresh))
-        _check_same(_read_tensors(fresh / WEIGHTS), tensors)
+        _check_same(_read_tensors(fresh / WEIGHTS)[0], tensors)
         _replace(folder, fresh)
     except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
         raise UserError(f"Could not write {folder}: {error}. What was there before is untouched.") from error
@@ -119,21 +124,40 @@ def _plain(config: AtomConfig) -> dict[str, Any]:
     return {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
 
 
+def _write_tensors(tensors: dict[str, Tensor], path: Path, **more: str) -> None:
+    """With a checksum in the file itself: one that PEFT writes anew has none, and is believed without.
+
+    The same tensors are the same bytes: safetensors by itself writes metadata in an order that changes.
+    """
+    metadata = {"format": "pt", "sha256": checksum(tensors), **more}
+    data = safetensors.torch.save(tensors)
+    size = int.from_bytes(data[:8], "little")
+    header = json.dumps({"__metadata__": metadata} | json.loads(data[8 : 8 + size]), separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+
+
+def _shape(config: AtomConfig) -> str:
+    """A hash of the fields that say what the weights compute."""
+    return digest_of(json.dumps({name: getattr(config, name) for name in _SHAPING}, sort_keys=True))
+
+
 def _replace(folder: Path, fresh: Path) -> None:
     """Put the complete folder `fresh` at `folder`, keeping files there that are not ours."""
     for path in [*fresh.rglob("*"), fresh]:
         _sync(path)
-    previous = _previous(folder)
+    previous = previous_of(folder)
     if folder.exists():
         os.rename(folder, previous)
     os.rename(fresh, folder)
     _sync(folder.parent)
-    _recover(folder)
+    recover(folder)
 
 
-def _recover(folder: Path) -> None:
+def recover(folder: Path) -> None:
     """Finish a replacement that was cut off: at no time is the only good copy without a way back."""
-    previous = _previous(folder)
+    folder = folder.resolve()
+    previous = previous_of(folder)
     if not previous.is_dir():
         return
     if not folder.exists():
@@ -145,7 +169,8 @@ def _recover(folder: Path) -> None:
     shutil.rmtree(previous)
 
 
-def _previous(folder: Path) -> Path:
+def previous_of(folder: Path) -> Path:
+    """Where the folder lies while another takes its place."""
     return folder.with_name(f".{folder.name}.previous")
 
 
@@ -208,14 +233,18 @@ def load(
     """
     folder = Path(folder).resolve()
     base = unwrap(model)
-    config, tensors = _read(folder)
+    config, tensors, shape = _read(folder)
     noted = read_notes(folder)
     config.inference_mode = not trainable
     _check_base(base, config, allow_other_base)
     with _untouched_on_error(model, base, adapter):
-        attach(model, config, adapter)
+        try:
+            attach(model, config, adapter)
+        except (TypeError, AttributeError, KeyError, RecursionError, re.error) as error:
+            raise UserError(f"{folder / CONFIG} is not valid: {error}.") from error
         targets = _adapter_tensors(base, adapter)
         _check_keys(targets, tensors, folder)
+        _check_pair(config, shape, folder)
         with torch.no_grad():
             for key, target in targets.items():
                 target.copy_(tensors[key])
@@ -226,7 +255,7 @@ def load_statistics(folder: str | Path) -> dict[str, dict[str, Tensor]]:
     """The tensors saved beside an adapter, by site and name; empty where none were saved."""
     path = Path(folder) / STATISTICS
     found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in (_read_tensors(path) if path.exists() else {}).items():
+    for key, tensor in (_read_tensors(path)[0] if path.exists() else {}).items():
         site, _, name = key.rpartition(".")
         found.setdefault(site, {})[name] = tensor
     return found
@@ -235,7 +264,8 @@ def load_statistics(folder: str | Path) -> dict[str, dict[str, Tensor]]:
 def read(folder: str | Path) -> tuple[AtomConfig, dict[str, dict[str, Tensor]], Notes]:
     """What `load` reads, without a model: config, tensors by site (the gate's at `atom_gate`) and name, notes."""
     folder = Path(folder).resolve()
-    config, tensors = _read(folder)
+    config, tensors, shape = _read(folder)
+    _check_pair(config, shape, folder)
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         site, inside, name = key.removeprefix(_ROOT).partition(".atom_dictionary.")
@@ -245,16 +275,16 @@ def read(folder: str | Path) -> tuple[AtomConfig, dict[str, dict[str, Tensor]], 
     return config, found, read_notes(folder)
 
 
-def _read(folder: Path) -> tuple[AtomConfig, dict[str, Tensor]]:
-    """The checked content of a folder, with keys as `save` writes them."""
-    _recover(folder)
+def _read(folder: Path) -> tuple[AtomConfig, dict[str, Tensor], str | None]:
+    """The checked content of a folder, with keys as `save` writes them, and the `_shape` of the weights' own config."""
+    recover(folder)
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}.")
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder} holds no adapter: {name} is missing.")
     config = _read_config(folder / CONFIG)
-    tensors = _read_tensors(folder / WEIGHTS)
+    tensors, metadata = _read_tensors(folder / WEIGHTS)
     _check_finite(tensors, f"{folder / WEIGHTS} is not usable.")
     tensors = {_ROOT + site_name(key.removeprefix(_ROOT)): tensor for key, tensor in tensors.items()}
     if not any(".atom_dictionary." in key for key in tensors):
@@ -265,13 +295,13 @@ def _read(folder: Path) -> tuple[AtomConfig, dict[str, Tensor]]:
         held = 0 if atoms is None else len(atoms)
         if config.atoms_at(site) != held:
             raise UserError(f"{folder}: {CONFIG} says {config.atoms_at(site)} atoms at {site}, {WEIGHTS} holds {held}.")
-    return config, tensors
+    return config, tensors, metadata.get("config")
 
 
 def _read_config(path: Path) -> AtomConfig:
     try:
         values = json.loads(path.read_text())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path} can't be read: {error}.") from error
     if not isinstance(values, dict) or values.get("peft_type") != NAME:
         kind = values.get("peft_type") if isinstance(values, dict) else None
@@ -295,11 +325,17 @@ def _read_config(path: Path) -> AtomConfig:
     return config
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """A file's tensors, which are those of its checksum if it has one, and its other metadata."""
     try:
-        return safetensors.torch.load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+        tensors = safetensors.torch.load_file(path)
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise UserError(f"{path} is broken or not a safetensors file: {error}.") from error
+    if metadata.get("sha256") not in (None, checksum(tensors)):
+        raise UserError(f"{path} is damaged: its checksum is wrong. Put back a copy, or save the adapter again.")
+    return tensors, metadata
 
 
 @contextmanager
@@ -338,6 +374,11 @@ def _check_keys(targets: dict[str, Tensor], tensors: dict[str, Tensor], folder: 
                 f"{folder / WEIGHTS}: {key} is {tensors[key].dtype} {tuple(tensors[key].shape)}, "
                 f"the base model needs {target.dtype} {tuple(target.shape)}."
             )
+
+
+def _check_pair(config: AtomConfig, shape: str | None, folder: Path) -> None:
+    if shape not in (None, _shape(config)):
+        raise UserError(f"{folder / CONFIG} is not the one that {WEIGHTS} was saved with. Put back the pair.")
 
 
 def _check_finite(tensors: dict[str, Tensor], then: str) -> None:
@@ -419,7 +460,7 @@ def prune(model: Any, keep: dict[str, Tensor], adapter: str = "default") -> None
     layers = atom_layers(model, adapter)
     for site, index in keep.items():
         if site not in layers:
-            raise UserError(f"`keep`: no site with atoms is named {site!r}.{close_names(site, layers)}")
+            raise UserError(f"`keep`: no site with atoms is named {site!r}.{did_you_mean(site, layers)}")
         n_atoms, chosen = layers[site].r[adapter], index.tolist()
         if any(not 0 <= i < n_atoms for i in chosen) or len(set(chosen)) < len(chosen):
             raise UserError(f"`keep`: indices at {site} must be different and below {n_atoms}, got {chosen}.")
