@@ -25,8 +25,8 @@ class Command(Planned):
     """Print JSON."""
 
     def run(self) -> None:
+        report = self.examined(sheet=self.sheet, measure=self.measure)
         from atomtune.training.doctor import text
 
-        report = self.examined(sheet=self.sheet, measure=self.measure)
         print(json.dumps(dataclasses.asdict(report), indent=1) if self.json else text(report))
         sys.exit(1 if report.problems else 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +57,7 @@ class Planned:
 
     def examined(self, **how: Any) -> Any:
         """What `doctor` finds."""
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or its profiler says what it can't see; read at import
         from atomtune.training.doctor import examine
 
         asked: dict[str, Any] = {
@@ -74,15 +76,15 @@ class Command(Planned):
     """Say what the run would meet and cost, as `atomtune doctor` does, and train nothing."""
 
     def run(self) -> None:
+        if self.dry_run:
+            report = self.examined()
+            from atomtune.training.doctor import text
+
+            print(text(report))
+            sys.exit(1 if report.problems else 0)
         import atomtune
         from atomtune.cli import command_line
 
-        if self.dry_run:
-            from atomtune.training.doctor import text
-
-            report = self.examined()
-            print(text(report))
-            sys.exit(1 if report.problems else 0)
         out = self.folder
         adapter = atomtune.train(
             self.open(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from atomtune.data.twins import Twins, twins
 from atomtune.data.views import Size, kept
 from atomtune.errors import UserError
 from atomtune.training import memory, optimizers, prepare, run_folder, validation
-from atomtune.training.loop import NAME, attach_atoms, check_checkpointing, sites_of
+from atomtune.training.loop import NAME, attach_atoms, check_checkpointing
 from atomtune.training.memory import Measured, Memory
 from atomtune.training.options import TrainOptions
 from atomtune.training.run_folder import say
@@ -26,6 +27,8 @@ from atomtune.tuner import atom_layers, prompt_gate, remove_adapter
 
 CUT = 0.1
 """Share of a picture that may be cut off before it is told."""
+STRAY = ("caption file not used", "caption without a picture", "mask without a picture")
+"""Reasons why a file is passed over that point to a mistake."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class Picture:
 class Adapted:
     """What would be trained."""
 
-    sites: str
+    sites: dict[str, int]
+    """How many layers of each name."""
     atoms: int
     parameters: int
     gate: bool
@@ -139,7 +143,8 @@ def examine(
         pictures = _pictures(found, pipe, backbone, scan.samples, options)
         if sheet is not None and pictures:
             _write_sheet(sheet, scan.samples, pictures)
-        adapted, cost, needed = _adapt(found, pipe, backbone, scan.samples, options, measure)
+        with prepare.unlogged():
+            adapted, cost, needed = _adapt(found, pipe, backbone, scan.samples, options, measure)
     _warn(found, pictures, same, options, cost, needed)
     skipped = {k: names for k, names in scan.by_reason().items() if k not in ("caption", "mask")}
     return Report(tuple(found.problems), tuple(found.warnings), skipped, same, pictures, adapted, cost, needed)
@@ -171,7 +176,7 @@ def _data(found: _Findings, data: Path, options: TrainOptions) -> Scan | None:
         found.warnings += added
         for reason in dict.fromkeys(item.reason for item in scan.skipped):
             kind, _, advice = reason.partition(": ")
-            if kind in ("caption file not used", "caption without a picture", "mask without a picture"):
+            if kind in STRAY:
                 names = [item.path.name for item in scan.skipped if item.reason == reason]
                 found.warnings.append(f"{kind}: {few(names)}: {advice}")
         return scan
@@ -263,14 +268,18 @@ def _adapt(
 
 def _adapted(base: Any) -> Adapted:
     state = {name: value for name, value in base.state_dict().items() if "atom_" in name}
-    layers = atom_layers(base, NAME).values()
+    layers = atom_layers(base, NAME)
     return Adapted(
-        sites=sites_of(base),
-        atoms=sum(layer.r[NAME] for layer in layers),
+        sites=dict(Counter(_leaf(site) for site in layers)),
+        atoms=sum(layer.r[NAME] for layer in layers.values()),
         parameters=sum(p.numel() for name, p in base.named_parameters() if "atom_" in name),
         gate=prompt_gate(base, NAME) is not None,
         file_bytes=sum(map(memory.bytes_of, state.values())),
     )
+
+
+def _leaf(site: str) -> str:
+    return next(part for part in reversed(site.split(".")) if not part.isdigit())
 
 
 def _needs(
@@ -286,7 +295,7 @@ def _needs(
     captions = tuple(sample.caption for sample in samples)
     painted = prepare.pictured(captions, kept_prompts, o)
     opening, shutting = prepare.gate_prompts(captions, (*kept_prompts, *(s.caption for s in own)), o)
-    gate = len(opening) + len(shutting) + len(held) + 1 if o.gated else 0
+    gate = (opening, shutting, ("", *held)) if o.gated else ()
     side = prepare.side_of(pipe, o)
     sizes = memory.Sizes(
         side=side,
@@ -295,8 +304,8 @@ def _needs(
         unrelated=len(own) + len(painted),
         painted=len(painted),
         buckets=len(set(prepare.fitted_sizes(pipe, samples, o))),
-        prompts=len(samples) + len(own) + len(painted) + 1,
-        gate_prompts=gate,
+        prompts=_groups(captions, (*(s.caption for s in own), *painted), ("",)),
+        gate_prompts=_groups(*gate),
     )
     longest = [max(texts, key=len) for texts in (captions, painted or ("",))]
     measured = None if steps is None else memory.measure(pipe, backbone, o, side, longest, steps)
@@ -306,6 +315,11 @@ def _needs(
     in_epoch = sum(s.repeats for s in samples) * (len(samples) - o.held_out) / len(samples)
     unrelated = o.steps * o.unrelated_rows * o.grad_accumulation
     return Cost(o.steps, shown, shown / in_epoch, unrelated, len(painted), measured), needed
+
+
+def _groups(*groups: Sequence[str]) -> tuple[tuple[str, int], ...]:
+    """Of prompts that are held together, and are as long as the longest then: this one, and how many."""
+    return tuple((max(texts, key=len), len(texts)) for texts in groups if texts)
 
 
 def _warn(
@@ -320,9 +334,10 @@ def _warn(
     tell = found.warnings.append
     if needed is not None and not needed.fits:
         assert needed.there is not None
-        tell(
+        found.warnings.insert(
+            0,
             f"memory: {gib(needed.peak)} needed, {needed.device} has {gib(needed.there)}. Lower --batch-size or "
-            "--resolution, or give --gradient-checkpointing, --mixed-precision bf16 or --quantize."
+            "--resolution, or give --gradient-checkpointing, --mixed-precision bf16 or --quantize.",
         )
     for pair in same:
         how = "the same file" if pair.distance is None else f"nearly the same ({pair.distance} of 64 bits differ)"
@@ -342,7 +357,7 @@ def _warn(
         tell(f"smaller than what is trained on, and enlarged: {few(small)}. Lower --resolution, or leave them out.")
     cut = [f"{p.name} ({p.cut:.0%})" for p in pictures if p.cut > CUT]
     if cut:
-        tell(f"cut off, of {few(cut)}" + ("" if options.buckets else ": --buckets keeps shapes"))
+        tell(f"cut off at the edges: {few(cut)}." + ("" if options.buckets else " --buckets keeps shapes."))
     clear = [p.name for p in pictures if p.clear]
     if clear:
         tell(f"partly transparent, white lies under it: {few(clear)}")
@@ -380,7 +395,7 @@ def text(report: Report) -> str:
     if report.warnings:
         lines += [f"{len(report.warnings)} worth a look:", *(f"  {w}" for w in report.warnings), ""]
     rows = list(_facts(report))
-    width = max(len(name) for name, _ in rows)
+    width = max((len(name) for name, _ in rows), default=0)
     lines += [f"{name:<{width}}  {value}" for name, value in rows]
     if report.pictures:
         width = max(len(p.name) for p in report.pictures)
@@ -396,11 +411,14 @@ def text(report: Report) -> str:
 
 def _facts(report: Report) -> Iterator[tuple[str, str]]:
     masks = sum(p.mask for p in report.pictures)
-    yield "pictures", f"{len(report.pictures)}" + (f", {masks} with a mask" if masks else "")
+    if report.pictures:
+        yield "pictures", f"{len(report.pictures)}" + (f", {masks} with a mask" if masks else "")
     for reason, names in report.skipped.items():
-        yield "passed over", f"{len(names)} x {reason}: {few(names)}"
+        if reason not in STRAY:  # which is a warning
+            yield "passed over", f"{len(names)} x {reason}: {few(names)}"
     if a := report.adapted:
-        yield "sites", a.sites.replace(" sites", "", 1)
+        kinds = ", ".join(f"{number} x {name}" for name, number in a.sites.items())
+        yield "sites", f"{sum(a.sites.values())}: {kinds}"
         gate = "a prompt gate" if a.gate else "no prompt gate"
         yield "trained", f"{a.atoms} atoms, {gate}; {a.parameters:,} parameters, a file of {gib(a.file_bytes)}"
     if c := report.cost:

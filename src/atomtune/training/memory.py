@@ -54,9 +54,9 @@ class Sizes:
     """Unrelated pictures, the user's own and painted ones."""
     painted: int
     buckets: int
-    prompts: int
-    """Prompts that are encoded and held, without those of the gate."""
-    gate_prompts: int
+    prompts: tuple[tuple[str, int], ...]
+    """Groups of prompts that are held, without those of the gate: of each the longest, and how many it has."""
+    gate_prompts: tuple[tuple[str, int], ...]
     """Those of the gate."""
 
 
@@ -192,9 +192,10 @@ def estimate(
         # Attention that is not fused bends; an autoencoder only has other ways of convolution for other sizes.
         step = at_full(trial.step, bends=True)
         state = trial.state
-        row, picture = held_by(trial.words), at_full(lambda side: held_by(trial.latents(1, side)))
+        picture = at_full(lambda side: held_by(trial.latents(1, side)))
+        words, gate = ([trial.row(t) * n for t, n in groups] for groups in (sizes.prompts, sizes.gate_prompts))
         shown = sizes.pictures * sizes.views + sizes.buckets * sizes.unrelated
-        material = row * (sizes.prompts + sizes.gate_prompts) + picture * shown
+        material = sum(words) + sum(gate) + picture * shown
         start = weights + adapter
         phases = {"a step": start + material + step}
         rows = min(CHUNK, sizes.pictures)
@@ -205,10 +206,9 @@ def estimate(
         phases["encoding pictures"] = start + many * at_full(trial.encode)
         if options.gated:
             one, two = (trial.read(number) for number in (1, 2))
+            together = min(PROMPTS, max(number for _, number in sizes.gate_prompts))
             # Joined, they are there twice for a moment.
-            phases["encoding prompts"] = (
-                start + material + max(one + (PROMPTS - 1) * max(0, two - one), row * sizes.gate_prompts)
-            )
+            phases["encoding prompts"] = start + material + max(one + (together - 1) * max(0, two - one), *gate)
         if sizes.painted:
             number = min(PAINTED_AT_ONCE, sizes.painted)
             phases["painting"] = start + at_full(lambda side: trial.paint(number, side, 2))
@@ -282,6 +282,10 @@ class Trial:
         """One row: of the prompts, the one that gives most to hold."""
         found = [self.backbone.encode_prompts(self.pipe, [prompt]) for prompt in self.prompts]
         return max(found, key=held_by)
+
+    def row(self, prompt: str) -> int:
+        """Bytes of one prompt's conditioning."""
+        return held_by(self.backbone.encode_prompts(self.pipe, [prompt]))
 
     def rows(self, number: int) -> Conditioning:
         """The same words for so many rows, which take no room."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -178,10 +180,25 @@ def lost_words(encode: Callable[[str], Conditioning], caption: str) -> str:
     return " ".join(words[most:])
 
 
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Inside, the libraries do not say at every encoding that a prompt is too long."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "diffusers")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
 def cut_off(encode: Callable[[str], Conditioning], samples: Sequence[Sample]) -> dict[int, str]:
     """The words lost from captions that are longer than the base reads, by the number of the sample."""
     long = (number for number, sample in enumerate(samples) if len(sample.caption.split()) > SHORT)
-    found = {number: lost_words(encode, samples[number].caption) for number in long}
+    with unlogged():
+        found = {number: lost_words(encode, samples[number].caption) for number in long}
     return {number: lost for number, lost in found.items() if lost}
 
 
