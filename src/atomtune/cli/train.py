@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -16,8 +17,8 @@ from atomtune.training.options import TrainOptions
 
 
 @dataclass(frozen=True)
-class Command:
-    """Train an adapter on a folder of pictures."""
+class Planned:
+    """A run as it is asked for."""
 
     data: Path
     """Folder of pictures, each with a caption (.txt beside it, metadata.jsonl, or --caption), or of .tar shards; also a
@@ -40,18 +41,53 @@ class Command:
     """Where to train, such as cuda. None: cuda where there is one, else cpu."""
     options: Annotated[TrainOptions, tyro.conf.arg(name="")] = field(default_factory=TrainOptions)
 
-    def run(self) -> None:
-        import atomtune
-        from atomtune.cli import command_line
+    @property
+    def folder(self) -> Path:
+        """Where the run goes."""
+        return self.out or Path("runs") / self.data.resolve().name
+
+    def open(self) -> Any:
+        """The base, as it is trained on."""
         from atomtune.cli.common import device_of
         from atomtune.training.base import open_base
 
-        out = self.out or Path("runs") / self.data.resolve().name
-        pipe = open_base(
+        return open_base(
             self.base, self.dtype, device_of(self.device), quantized=self.quantize, share=self.options.shard
         )
+
+    def examined(self, **how: Any) -> Any:
+        """What `doctor` finds."""
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or its profiler says what it can't see; read at import
+        from atomtune.training.doctor import examine
+
+        asked: dict[str, Any] = {
+            "out": self.folder,
+            "resume": self.resume,
+            "allow_changed_data": self.allow_changed_data,
+        }
+        return examine(self.open, self.data, self.options, **asked, **how)
+
+
+@dataclass(frozen=True)
+class Command(Planned):
+    """Train an adapter on a folder of pictures."""
+
+    dry_run: bool = False
+    """Say what the run would meet and cost, as `atomtune doctor` does, and train nothing."""
+
+    def run(self) -> None:
+        if self.dry_run:
+            report = self.examined()
+            from atomtune.training.doctor import text
+
+            print(text(report))
+            sys.exit(1 if report.problems else 0)
+        import atomtune
+        from atomtune.cli import command_line
+
+        out = self.folder
         adapter = atomtune.train(
-            pipe,
+            self.open(),
             self.data,
             out,
             self.options,

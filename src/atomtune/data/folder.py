@@ -25,7 +25,7 @@ from atomtune.data.packed import File
 from atomtune.data.picture import MAX_PIXELS, clear_share, decode, on_matte, open_mask
 from atomtune.errors import UserError
 
-__all__ = ["Sample", "Scan", "Skipped", "scan"]
+__all__ = ["Sample", "Scan", "Skipped", "Survey", "scan", "survey"]
 
 _NAMED_AT_MOST = 3
 
@@ -58,6 +58,14 @@ class Scan:
     def by_reason(self) -> dict[str, list[str]]:
         """Names of the files that are no samples, by the kind of reason."""
         return _by_reason(self.skipped)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a scan finds, and everything that keeps it from being learned from, one line each."""
+
+    scan: Scan
+    problems: tuple[str, ...]
 
 
 def _list(folder: Path, caption_extension: str, caption_column: str | None, follow_links: bool) -> Listing:
@@ -182,21 +190,21 @@ def _named(names: Sequence[str], separator: str = ", ") -> str:
     return separator.join(names[:_NAMED_AT_MOST]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def _refuse_broken(broken: Sequence[Skipped]) -> None:
+def _told_broken(broken: Sequence[Skipped]) -> str:
     told = _named([f"{item.path.name} ({item.reason})" for item in broken], "; ")
-    raise UserError(f"{len(broken)} of the pictures cannot be used: {told}. Mend them, or pass --skip-broken.")
+    return f"{len(broken)} of the pictures cannot be used: {told}. Mend them, or pass --skip-broken."
 
 
-def _refuse_uncaptioned(paths: Sequence[File], extension: str, skipped: Sequence[Skipped]) -> None:
+def _told_uncaptioned(paths: Sequence[File], extension: str, skipped: Sequence[Skipped]) -> str:
     unused = [item.path.name for item in skipped if item.reason.startswith("caption file not used")]
-    raise UserError(
+    return (
         f"{len(paths)} of the pictures have no caption, or an empty one: {_named([p.name for p in paths])}. "
         f"Write it into {paths[0].stem}{extension} beside the picture, or pass --caption, one for all."
         + (f" Not used: {_named(unused)}; see --caption-extension." if unused else "")
     )
 
 
-def _refuse_empty(place: str, skipped: Sequence[Skipped]) -> None:
+def _told_empty(place: str, skipped: Sequence[Skipped]) -> str:
     counts = {kind: len(names) for kind, names in _by_reason(skipped).items()}
     told = ", ".join(f"{count} x {kind}" for kind, count in sorted(counts.items())) or "it is empty"
     advice = {
@@ -206,9 +214,8 @@ def _refuse_empty(place: str, skipped: Sequence[Skipped]) -> None:
         "link out of the folder": "pass --follow-links to follow the links",
     }
     hints = "; ".join(hint for kind, hint in advice.items() if kind in counts)
-    raise UserError(
-        f"No picture to learn from in {place}: {told}. Put in pictures ({' '.join(READABLE)})"
-        + (f"; {hints}." if hints else ".")
+    return f"No picture to learn from in {place}: {told}. Put in pictures ({' '.join(READABLE)})" + (
+        f"; {hints}." if hints else "."
     )
 
 
@@ -232,7 +239,18 @@ def _check_settings(caption: str | None, caption_extension: str, max_pixels: int
         raise UserError(f"`max_pixels` must be at least 1, got {max_pixels}.")
 
 
-def scan(
+def scan(source: str | Path, **how: Any) -> Scan:
+    """Decode every picture of a source once and find its caption; `how` are the keywords of `survey`.
+
+    Raises UserError on the first of its problems.
+    """
+    found = survey(source, **how)
+    if found.problems:
+        raise UserError(found.problems[0])
+    return found.scan
+
+
+def survey(
     source: str | Path,
     *,
     caption: str | None = None,
@@ -241,21 +259,22 @@ def scan(
     skip_broken: bool = False,
     follow_links: bool = False,
     max_pixels: int | None = None,
-) -> Scan:
+) -> Survey:
     """Decode every picture of a source once and find its caption: sidecar, metadata, or `caption`.
 
     A source is a folder of pictures, WebDataset shards (a .tar or a folder of them), or a data set: a folder that
     `datasets` has saved, .parquet, imagefolder:FOLDER, hub:OWNER/NAME. Captions lie in `.txt` files, or those of
     `caption_extension`; in a line of metadata or a table's row under `text`, `caption` or `prompt`, or under
-    `caption_column`. Raises UserError for a file that claims to be a picture and can't be decoded or has more than
-    `max_pixels` (width * height, 100 million; both become skipped with `skip_broken`), for a picture without a caption,
-    for bad metadata, for links out of the folder unless `follow_links`, and when no sample is left.
+    `caption_column`. Problems are files that claim to be pictures and can't be decoded or have more than `max_pixels`
+    (width * height, 100 million; both become skipped with `skip_broken`), pictures without a caption, captions that
+    can't be read, and that no sample is left. Raises UserError where the source itself can't be made out: bad metadata,
+    bad names of masks, links out of the folder unless `follow_links`.
     """
     extension = ".txt" if caption_extension is None else caption_extension.lower()
     most = MAX_PIXELS if max_pixels is None else max_pixels
     _check_settings(caption, extension, most)
     listing = _listing(source, extension, caption_column, follow_links)
-    broken, samples, uncaptioned = list(listing.broken), [], []
+    broken, samples, uncaptioned, problems = list(listing.broken), [], [], []
     for path in listing.pictures:
         mask = listing.masks.get(normal(path.stem))
         try:
@@ -263,19 +282,23 @@ def scan(
         except UserError as error:
             broken.append(Skipped(path, str(error)))
             continue
-        note = _find_note(path, listing, words(caption or ""))
+        try:
+            note = _find_note(path, listing, words(caption or ""))
+        except UserError as error:
+            problems.append(str(error))
+            continue
         if note is None:
             uncaptioned.append(path)
         else:
             samples.append(Sample(path, note.caption, note.source, mask, width, height, digest, clear, note.repeats))
-    if broken and not skip_broken:
-        _refuse_broken(sorted(broken, key=lambda item: item.path.name))
     skipped = [*listing.skipped, *broken, *_companions(listing)]
+    if broken and not skip_broken:
+        problems.append(_told_broken(sorted(broken, key=lambda item: item.path.name)))
     if uncaptioned:
-        _refuse_uncaptioned(uncaptioned, extension, skipped)
-    if not samples:
-        _refuse_empty(str(source), skipped)
-    return Scan(tuple(samples), tuple(sorted(skipped, key=lambda item: item.path.name)))
+        problems.append(_told_uncaptioned(uncaptioned, extension, skipped))
+    if not samples and not problems:
+        problems.append(_told_empty(str(source), skipped))
+    return Survey(Scan(tuple(samples), tuple(sorted(skipped, key=lambda item: item.path.name))), tuple(problems))
 
 
 def _listing(source: str | Path, extension: str, caption_column: str | None, follow_links: bool) -> Listing:

@@ -92,8 +92,7 @@ def train(
     options = run_folder.stored(run, options) if resume else run_folder.check_free(run, options)
     tracked = chosen(options.trackers) if processes.is_main_process else ()
     processes.wait_for_everyone()
-    if options.gradient_checkpointing and not getattr(base, "_supports_gradient_checkpointing", True):
-        raise UserError(f"`gradient_checkpointing` must be off for {backbone.family}, which has none.")
+    check_checkpointing(base, backbone, options)
     # First, because it names unknown sites and wrong sizes, and what follows may take minutes.
     attach_atoms(pipe, backbone, options)
     try:
@@ -168,6 +167,12 @@ def _tell_end(state: Run) -> None:
         say(f"the best of {state.done} steps, by validation_score, is step {step} ({score:.4g}); last/ has the last")
     if not any(layer.dictionary(NAME).atoms.any() for layer in atom_layers(state.base, NAME).values()):
         say("warning: no atom has learned anything: the adapter is the base. Raise --lr or --steps.")
+
+
+def check_checkpointing(base: Any, backbone: Backbone, options: TrainOptions) -> None:
+    """Raises UserError where gradient checkpointing is asked of a model that has none."""
+    if options.gradient_checkpointing and not getattr(base, "_supports_gradient_checkpointing", True):
+        raise UserError(f"`gradient_checkpointing` must be off for {backbone.family}, which has none.")
 
 
 def sites_of(base: Any) -> str:

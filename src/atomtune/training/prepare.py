@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,17 +84,12 @@ def prepare(
     """
     found, added = triggered(scan(data, **options.scanning), options)
     samples, captions = found.samples, tuple(sample.caption for sample in found.samples)
-    _check_concept(captions, options)
-    _check_masks(samples, options)
-    square = (_side(pipe, options),) * 2
+    check_concept(captions, options)
+    check_masks(samples, options)
+    square = (side_of(pipe, options),) * 2
     fitted = fitted_sizes(pipe, samples, options)
-    own = _own_unrelated(options)
-    prompts = unrelated_list(pipe, options)
-    kept, held_out = split_held_out(prompts)
-    kept = tuple(p for p in kept if not _mentions(p, options.concept))
-    held_out = tuple(p for p in held_out if not _mentions(p, options.concept))
-    if not kept or not held_out:
-        raise UserError("`unrelated` must hold prompts without the concept; all of them name it.")
+    own = own_unrelated(options)
+    kept, held_out = without_concept(pipe, options)
     encoder = Encoder(pipe, backbone, Cache(run.parent / ".cache"), base_print)
     painted = pictured(captions, kept, options)
     pictures = encoder.paint(painted, square, options.seed + 1_000_000)
@@ -105,7 +102,7 @@ def prepare(
         unrelated = [*(encoder.latents(sample, size) for sample in own), *encoder.painted(pictures, size)]
         return encoder.bucket(samples, rows, size, views, conditioning, torch.cat(unrelated), options.mask_loss)
 
-    views = _views(samples, options)
+    views = views_of(samples, options)
     every = tuple(range(len(samples)))
     rows_of = {size: tuple(row for row in every if fitted[row] == size) for size in fitted}
     buckets = tuple(bucket(size, rows, views) for size, rows in rows_of.items())
@@ -127,11 +124,12 @@ def prepare(
         gate_unrelated=encoder.prompts(shutting) if options.gated else {},
         gate_held_out=encoder.prompts(("", *held_out)) if options.gated else {},
         scan=found,
-        said=(*added, *_told(samples, buckets, options), *_cut_off(encoder, samples)),
+        said=(*added, *_told(samples, buckets, options), *_told_lost(encoder, samples)),
     )
 
 
-def _check_masks(samples: Sequence[Sample], options: TrainOptions) -> None:
+def check_masks(samples: Sequence[Sample], options: TrainOptions) -> None:
+    """Raises UserError where the loss is to be masked, and nothing says where."""
     if not options.mask_loss:
         return
     if not any(sample.mask or sample.clear for sample in samples):
@@ -146,7 +144,7 @@ def triggered(found: Scan, options: TrainOptions) -> tuple[Scan, tuple[str, ...]
         return found, ()
 
     def named(sample: Sample) -> Sample:
-        if _mentions(sample.caption, options.concept):
+        if mentions(sample.caption, options.concept):
             return sample
         source = f"{sample.caption_source}, {options.concept!r} put in front"
         return dataclasses.replace(sample, caption=f"{options.concept}, {sample.caption}", caption_source=source)
@@ -159,8 +157,8 @@ def triggered(found: Scan, options: TrainOptions) -> tuple[Scan, tuple[str, ...]
 
 def fitted_sizes(pipe: Any, samples: Sequence[Sample], options: TrainOptions) -> list[Size]:
     """The size that each picture is brought to."""
-    side = _side(pipe, options)
-    among = sizes(side, _unit(pipe)) if options.buckets else ((side, side),)
+    side = side_of(pipe, options)
+    among = sizes(side, unit_of(pipe)) if options.buckets else ((side, side),)
     return [nearest(sample.width, sample.height, among) for sample in samples]
 
 
@@ -182,12 +180,31 @@ def lost_words(encode: Callable[[str], Conditioning], caption: str) -> str:
     return " ".join(words[most:])
 
 
-def _cut_off(encoder: Encoder, samples: Sequence[Sample]) -> Iterator[str]:
-    for sample in samples:
-        if len(sample.caption.split()) > SHORT:
-            lost = lost_words(lambda text: encoder.words((text,)), sample.caption)
-            if lost:
-                yield f"warning: the caption of {sample.path} is longer than the base reads; lost: {lost}"
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Inside, the libraries do not say at every encoding that a prompt is too long."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "diffusers")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def cut_off(encode: Callable[[str], Conditioning], samples: Sequence[Sample]) -> dict[int, str]:
+    """The words lost from captions that are longer than the base reads, by the number of the sample."""
+    long = (number for number, sample in enumerate(samples) if len(sample.caption.split()) > SHORT)
+    with unlogged():
+        found = {number: lost_words(encode, samples[number].caption) for number in long}
+    return {number: lost for number, lost in found.items() if lost}
+
+
+def _told_lost(encoder: Encoder, samples: Sequence[Sample]) -> Iterator[str]:
+    for number, lost in cut_off(lambda text: encoder.words((text,)), samples).items():
+        yield f"warning: the caption of {samples[number].path} is longer than the base reads; lost: {lost}"
 
 
 def _told(samples: Sequence[Sample], buckets: Sequence[Bucket], options: TrainOptions) -> Iterator[str]:
@@ -203,13 +220,13 @@ def _told(samples: Sequence[Sample], buckets: Sequence[Bucket], options: TrainOp
         yield "sizes: " + ", ".join(f"{len(b.rows)} x {b.size[0]}x{b.size[1]}" for b in buckets)
 
 
-def _own_unrelated(options: TrainOptions) -> tuple[Sample, ...]:
+def own_unrelated(options: TrainOptions) -> tuple[Sample, ...]:
     """The user's regularization pictures. Raises UserError where one of them names the concept."""
     if options.unrelated_data is None:
         return ()
     shared = f"a {options.class_noun}" if options.class_noun else None
     own = scan(options.unrelated_data, **options.scanning | {"caption": shared}).samples
-    named = [sample.caption for sample in own if _mentions(sample.caption, options.concept)]
+    named = [sample.caption for sample in own if mentions(sample.caption, options.concept)]
     if named:
         raise UserError(
             f"`unrelated_data` must not name the concept, but {len(named)} of {len(own)} captions do, "
@@ -218,7 +235,7 @@ def _own_unrelated(options: TrainOptions) -> tuple[Sample, ...]:
     return own
 
 
-def _views(samples: Sequence[Sample], options: TrainOptions) -> list[list[View]]:
+def views_of(samples: Sequence[Sample], options: TrainOptions) -> list[list[View]]:
     """Every picture's views, the whole pictures first; no more than there are epochs to show them."""
     most = VIEWS if options.crop else 2 if options.flip else 1
     seen = options.steps * options.grad_accumulation * options.batch_size
@@ -237,14 +254,16 @@ def _items(buckets: Sequence[Bucket], samples: Sequence[Sample]) -> tuple[Item, 
     return tuple(item for _, item in sorted(found))
 
 
-def _side(pipe: Any, options: TrainOptions) -> int:
+def side_of(pipe: Any, options: TrainOptions) -> int:
+    """Side of the square pictures, in pixels. Raises UserError on one that the base can't have."""
     side = default_side(pipe) if options.resolution is None else options.resolution
-    if side % _unit(pipe):
-        raise UserError(f"`resolution` must be a multiple of {_unit(pipe)} pixels for this base, got {side}.")
+    if side % unit_of(pipe):
+        raise UserError(f"`resolution` must be a multiple of {unit_of(pipe)} pixels for this base, got {side}.")
     return side
 
 
-def _unit(pipe: Any) -> int:
+def unit_of(pipe: Any) -> int:
+    """What the sides of all pictures are multiples of, in pixels."""
     return 2 * int(pipe.vae_scale_factor)
 
 
@@ -272,6 +291,17 @@ def unrelated_list(pipe: Any, options: TrainOptions) -> tuple[str, ...]:
     return lines
 
 
+def without_concept(pipe: Any, options: TrainOptions) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Unrelated prompts to train on, and some held out. Raises UserError where all of them name the concept."""
+    kept, held_out = (
+        tuple(p for p in part if not mentions(p, options.concept))
+        for part in split_held_out(unrelated_list(pipe, options))
+    )
+    if not kept or not held_out:
+        raise UserError("`unrelated` must hold prompts without the concept; all of them name it.")
+    return kept, held_out
+
+
 def pictured(captions: tuple[str, ...], unrelated: tuple[str, ...], options: TrainOptions) -> tuple[str, ...]:
     """The prompts of the base's own pictures: those of the class, then unrelated ones."""
     return (*class_prompts(captions, options), *unrelated)[: options.unrelated_pictures]
@@ -280,7 +310,7 @@ def pictured(captions: tuple[str, ...], unrelated: tuple[str, ...], options: Tra
 def class_prompts(captions: tuple[str, ...], options: TrainOptions) -> tuple[str, ...]:
     """A quarter of the prompts: captions that say the class noun where they said the concept's name."""
     name, noun, number = options.concept, options.class_noun, options.unrelated_pictures
-    near = [_replace(c, name, noun) for c in captions if _mentions(c, name)] if name and noun else []
+    near = [_replace(c, name, noun) for c in captions if mentions(c, name)] if name and noun else []
     # With few captions each is painted several times, every time from another noise.
     return tuple((near * number)[: number // 4])
 
@@ -316,14 +346,16 @@ def _replace(text: str, name: str, by: str) -> str:
     return text if at < 0 else text[:at] + by + text[at + len(name) :]
 
 
-def _mentions(text: str, name: str | None) -> bool:
+def mentions(text: str, name: str | None) -> bool:
+    """Whether a text says a name."""
     return name is not None and name.lower() in text.lower()
 
 
-def _check_concept(captions: tuple[str, ...], options: TrainOptions) -> None:
+def check_concept(captions: tuple[str, ...], options: TrainOptions) -> None:
+    """Raises UserError where the gate is to learn a name that not every caption says."""
     if not options.gated:
         return
-    missing = [c for c in captions if not _mentions(c, options.concept)]
+    missing = [c for c in captions if not mentions(c, options.concept)]
     if missing:
         raise UserError(
             f"`concept` must stand in every caption, but {len(missing)} of {len(captions)} lack "

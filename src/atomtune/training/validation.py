@@ -24,11 +24,16 @@ def split(material: Material, number: int, seed: int) -> tuple[Material, Materia
     if not number:
         return material, material
     total = len(material.latents)
-    if number >= total:
-        raise UserError(f"`held_out` must leave pictures to learn from: it is {number}, and there are {total}.")
+    check(total, number)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
     kept, held = order[number:].sort().values, order[:number].sort().values
     return _rows(material, kept), _rows(material, held)
+
+
+def check(total: int, number: int) -> None:
+    """Raises UserError where of `total` pictures none would be left to learn from."""
+    if number >= max(total, 1):
+        raise UserError(f"`held_out` must leave pictures to learn from: it is {number}, and there are {total}.")
 
 
 def _rows(material: Material, rows: Tensor) -> Material:

@@ -1,0 +1,32 @@
+"""`atomtune doctor`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from atomtune.cli.train import Planned, expand
+
+__all__ = ["Command", "expand"]
+
+
+@dataclass(frozen=True)
+class Command(Planned):
+    """Say what a run would meet and cost: pictures, captions, sites, memory, time; exit code 1 where it would stop."""
+
+    sheet: Path | None = None
+    """Picture file for a contact sheet of what the model sees."""
+    measure: int | None = None
+    """Time this many steps of full size, and the painting of a picture; nothing of them is kept. None: none."""
+    json: bool = False
+    """Print JSON."""
+
+    def run(self) -> None:
+        report = self.examined(sheet=self.sheet, measure=self.measure)
+        from atomtune.training.doctor import text
+
+        print(json.dumps(dataclasses.asdict(report), indent=1) if self.json else text(report))
+        sys.exit(1 if report.problems else 0)
