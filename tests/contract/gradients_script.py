@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 
 from atomtune.backbones import backbone_of, open_pipeline
 from atomtune.training import loop
+from atomtune.training.encode import weights_key
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import prepare
 from atomtune.training.processes import shard
-from atomtune.tuner import fingerprint
 
 torch.set_num_threads(1)
 base, data, out, accumulation, *shared = sys.argv[1:]
@@ -29,13 +29,13 @@ loop.attach_atoms(pipe, backbone_of(pipe), options)
 torch.manual_seed(1)
 for parameter in (p for n, p in pipe.transformer.named_parameters() if n.endswith(".atoms")):
     torch.nn.init.normal_(parameter, std=0.1)  # so that encoders have gradients too
-whole_print = fingerprint(pipe.transformer)
+base_key = weights_key(pipe.transformer)
 if shared:
     shard(pipe.transformer, torch.device("cpu"), processes, loop.NAME)
     whole = sum(p.numel() for n, p in pipe.transformer.named_parameters() if "atom_" not in n)
     here = sum(p.to_local().numel() for p in pipe.transformer.parameters() if isinstance(p, DTensor))
     assert here < 0.6 * whole, "each process holds about half of the base"
-material = prepare(pipe, backbone_of(pipe), Path(data), options, Path(out).with_suffix(""), whole_print)
+material = prepare(pipe, backbone_of(pipe), Path(data), options, Path(out).with_suffix(""), base_key)
 with loop.training_mode(pipe.transformer, options):
     run = loop.Run(pipe, backbone_of(pipe), material, options, Path(out).parent, processes)
     run.backward(0)

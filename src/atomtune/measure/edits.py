@@ -35,9 +35,10 @@ def likeness(
     know another size or style of the subject.
     """
     share = adaptive_avg_pool2d(weight[None].float(), (PATCHES, PATCHES)).flatten()
-    own = _patches(source[None], 1)[0]
-    nearest = [torch.cdist(own, some).amin(1).square() / own.shape[1] for some in _patches(edits, 4)]
-    error = (torch.stack(nearest) * share).sum(1) / share.sum().clamp_min(1e-8)
+    # In double, since cdist takes the difference of squares.
+    own = _patches(source[None], 1)[0].double()
+    nearest = [torch.cdist(own, some.double()).amin(1).square() / own.shape[1] for some in _patches(edits, 4)]
+    error = (torch.stack(nearest).float() * share).sum(1) / share.sum().clamp_min(1e-8)
     return 1 - error.sqrt() / 2
 
 

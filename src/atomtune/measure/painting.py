@@ -23,6 +23,10 @@ Dial = Mapping[str, Tensor]
 """Strengths of atoms by place (`atoms.dialled`)."""
 
 
+ROUNDING = 1e-5
+"""Mean difference of pixels, in [0, 1], below which two pictures are the same: rows of a batch differ in rounding."""
+
+
 @contextmanager
 def row_strengths(model: Any, dials: Sequence[Dial], adapter: str = "default") -> Iterator[None]:
     """Give each row of a batch strengths of its own for a while; gradients reach them.
@@ -104,7 +108,7 @@ def density_curve(
     painted = paint(pipe, [(prompt, seed, dial) for prompt in prompts for seed in seeds for dial in dials], **more)
     same = painted.reshape(-1, len(levels), *painted.shape[1:])
     away = np.abs(same - same[:, -1:]).mean((2, 3, 4), np.float64)
-    away = away[away[:, 0] > 0]
+    away = away[away[:, 0] > ROUNDING]
     if not len(away):
         raise UserError(f"`prompts` must name the concept: the adapter changes no picture of {list(prompts)}.")
     closeness = 1 - away / away[:, :1]

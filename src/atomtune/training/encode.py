@@ -49,15 +49,15 @@ class Bucket:
 class Encoder:
     """Pictures and prompts as the model takes them, on its device.
 
-    `base_print` is the denoiser's fingerprint, where it can't be taken any more: the processes share it.
+    `base_key` is the denoiser's `weights_key`, where it can't be taken any more: the processes share it.
     """
 
-    def __init__(self, pipe: Any, backbone: Backbone, cache: Cache, base_print: str | None = None) -> None:
+    def __init__(self, pipe: Any, backbone: Backbone, cache: Cache, base_key: str | None = None) -> None:
         self.pipe, self.backbone, self.cache, self.device = pipe, backbone, cache, pipe.vae.device
         texts = [part for name, part in sorted(pipe.components.items()) if name.startswith("text_encoder")]
-        self.vae = _weights_key(pipe.vae)
-        self.text = key(type(pipe).__name__, *(_weights_key(part) for part in texts if part is not None))
-        self.base = key(_weights_key(denoiser(pipe), base_print), self.vae, self.text)
+        self.vae = weights_key(pipe.vae)
+        self.text = key(type(pipe).__name__, *(weights_key(part) for part in texts if part is not None))
+        self.base = key(base_key or weights_key(denoiser(pipe)), self.vae, self.text)
 
     def words(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts, each encoded by itself and kept."""
@@ -203,10 +203,10 @@ def _joined(parts: Sequence[Conditioning]) -> Conditioning:
     return parts[0]
 
 
-def _weights_key(model: nn.Module, print_of: str | None = None) -> str:
+def weights_key(model: nn.Module) -> str:
     """A hash of a network's weights, of its settings, and of the precision, quantized or not, that it has."""
     settings = dict(model.config) if isinstance(model.config, dict) else {}
     # Where it was loaded from, and by which version, changes nothing.
     settings = {name: value for name, value in settings.items() if not name.startswith("_")}
     kinds = {f"{type(p).__name__} {p.dtype}" for p in model.parameters()}
-    return key(print_of or fingerprint(model), str(settings), *sorted(kinds))
+    return key(fingerprint(model), str(settings), *sorted(kinds))

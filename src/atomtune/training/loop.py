@@ -29,6 +29,7 @@ from atomtune.sparse import anneal_k, dead_atoms
 from atomtune.training import checkpoints, gating, hub, objective, optimizers, run_folder, validation
 from atomtune.training.batch import Batch, draw, generator_of
 from atomtune.training.ema import Ema
+from atomtune.training.encode import weights_key
 from atomtune.training.options import TrainOptions
 from atomtune.training.pace import Pace
 from atomtune.training.prepare import Material, prepare
@@ -101,14 +102,13 @@ def train(
                 stack.enter_context(run_folder.held(run))
             if progress and processes.is_main_process:
                 say(f"preparing pictures and prompts for {sites_of(base)}")
+            base_key = None
             if wants_shards(options.shard):
                 # While it is whole: afterwards no process can tell.
-                adapter_config(base, NAME).base_fingerprint = fingerprint(base)
+                adapter_config(base, NAME).base_fingerprint, base_key = fingerprint(base), weights_key(base)
                 shard(base, pipe.vae.device, processes, NAME)
             with base_only(base):
-                material = prepare(
-                    pipe, backbone, Path(data), options, run, adapter_config(base, NAME).base_fingerprint
-                )
+                material = prepare(pipe, backbone, Path(data), options, run, base_key)
             learned, held_out = validation.split(material, options.held_out, options.seed)
             settings = {"data": data, "base": base_name(pipe), **(settings or {})}
             if resume:

@@ -76,11 +76,11 @@ class Material:
 
 
 def prepare(
-    pipe: Any, backbone: Backbone, data: Path, options: TrainOptions, run: Path, base_print: str | None = None
+    pipe: Any, backbone: Backbone, data: Path, options: TrainOptions, run: Path, base_key: str | None = None
 ) -> Material:
     """Scan the data and encode it; what is slow is cached beside the run, by content, item by item.
 
-    `base_print` is `Encoder`'s.
+    `base_key` is `Encoder`'s.
     """
     found, added = triggered(scan(data, **options.scanning), options)
     samples, captions = found.samples, tuple(sample.caption for sample in found.samples)
@@ -90,7 +90,7 @@ def prepare(
     fitted = fitted_sizes(pipe, samples, options)
     own = own_unrelated(options)
     kept, held_out = without_concept(pipe, options)
-    encoder = Encoder(pipe, backbone, Cache(run.parent / ".cache"), base_print)
+    encoder = Encoder(pipe, backbone, Cache(run.parent / ".cache"), base_key)
     painted = pictured(captions, kept, options)
     pictures = encoder.paint(painted, square, options.seed + 1_000_000)
     near = len(class_prompts(captions, options))
