@@ -17,17 +17,6 @@ jaxtyping.install_import_hook("atomtune.sparse", "beartype.beartype")
 # For the tests of every folder: the tiny pipelines.
 sys.path.insert(0, str(Path(__file__).parent / "contract"))
 
-UNRELATED = (
-    "a small flat apple on a green background, at the top",
-    "a big 3d house on a yellow background, on the left",
-    "a big shaded clock on a gray background, at the bottom",
-    "a small shaded fox on a pink striped background, on the right",
-    "a big flat car on a blue background, in the middle",
-    "a small 3d violin on a purple background, at the top",
-    "a big shaded drum on an orange dotted background, on the left",
-    "a small flat bell on a red background, on the right",
-)
-
 
 def pytest_configure(config: pytest.Config) -> None:
     # Shells ignore it in what they run in the background; some tests press Ctrl-C.
@@ -50,6 +39,7 @@ def shapes_unchecked() -> Iterator[None]:
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of tiny random pipelines by family, each with its list of unrelated prompts."""
     from pipelines import FAMILIES, Made
+    from tiny_parts import UNRELATED
 
     root, families = tmp_path_factory.mktemp("bases"), {family.name: family for family in FAMILIES}
 

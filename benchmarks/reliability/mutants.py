@@ -172,8 +172,8 @@ def adapters(place: Place, count: int, lots: random.Random) -> Tally:
         if fault is None and ended.code == 0 and not bare and _pixels(out) != _pixels(truth):
             fault = "it was loaded, and paints another picture"
         met["refused" if ended.code else "without a checksum, loaded" if bare else "the same"] += 1
-        tally.note(fault and f"{number}: {name}, {getattr(how, '__name__', 'mixture')}: {fault}")
-        _keep(place, fault, f"adapter-{number}", folder)
+        what = f"{number}: {name}, {getattr(how, '__name__', 'mixture')}"
+        _told(tally, place, fault, what, f"adapter-{number}", folder)
     tally.facts |= met
     return tally
 
@@ -237,9 +237,7 @@ def configs(place: Place, count: int, lots: random.Random) -> Tally:
             argv = ["train", f"--data={place.data}", f"--base={place.base}", f"--out={out}", "--resume"]
         ended = run(argv, place, limit=60, before=stop_before_encoding)
         how_many["refused" if ended.code else "valid"] += 1
-        fault = ended.fault()
-        tally.note(fault and f"{number}: {name}, {how.__name__}: {fault}")
-        _keep(place, fault, f"config-{number}", path)
+        _told(tally, place, ended.fault(), f"{number}: {name}, {how.__name__}", f"config-{number}", path)
     tally.facts |= how_many
     return tally
 
@@ -310,9 +308,7 @@ def pictures(place: Place, count: int, lots: random.Random) -> Tally:
         argv = place.train(room(place, "pictures", cached=False), data=folder, steps=1)
         ended = run(argv, place, limit=60, before=stop_before_encoding)
         how_many["refused" if ended.code else "decoded"] += 1
-        fault = ended.fault()
-        tally.note(fault and f"{number}: {path.name}, {how.__name__}: {fault}")
-        _keep(place, fault, f"picture-{number}", path)
+        _told(tally, place, ended.fault(), f"{number}: {path.name}, {how.__name__}", f"picture-{number}", path)
     tally.facts |= how_many
     return tally
 
@@ -322,8 +318,9 @@ def _metadata() -> bytes:
     return "".join(f"{json.dumps(row)}\n" for row in rows).encode()
 
 
-def _keep(place: Place, fault: str | None, name: str, path: Path) -> None:
-    """What was not survived is kept, to be looked at."""
+def _told(tally: Tally, place: Place, fault: str | None, what: str, name: str, path: Path) -> None:
+    """One more trial; what was not survived is kept, to be looked at."""
+    tally.note(fault and f"{what}: {fault}")
     if fault is None:
         return
     kept = place.folder / "failed" / name

@@ -32,14 +32,6 @@ LIMIT = 120.0
 MEMORY = 24 * 2**30
 """Bytes of address space that a child may have."""
 FINAL = ("adapter_model.safetensors", "adapter_config.json", "statistics.safetensors")
-UNRELATED = (
-    "a small flat apple on a green background, at the top",
-    "a big 3d house on a yellow background, on the left",
-    "a big shaded clock on a gray background, at the bottom",
-    "a small shaded fox on a pink striped background, on the right",
-    "a big flat car on a blue background, in the middle",
-    "a small 3d violin on a purple background, at the top",
-)
 PLAIN: dict[str, Any] = {
     "concept": "kite",
     "class_noun": "toy",
@@ -186,6 +178,7 @@ def prepare(folder: Path, steps: int = PLAIN["steps"]) -> Place:
     torch.set_num_threads(1)  # so that a fork has no threads to miss
     sys.path.insert(0, str(ROOT / "tests" / "contract"))
     from PIL import Image
+    from tiny_parts import UNRELATED
     from tiny_streams import lumina2
 
     import atomtune.cli.generate
@@ -197,7 +190,7 @@ def prepare(folder: Path, steps: int = PLAIN["steps"]) -> Place:
 
     place = Place(folder, PLAIN | {"steps": steps})
     lumina2().save_pretrained(place.base)
-    (place.base / "unrelated.txt").write_text("\n".join(UNRELATED) + "\n")
+    (place.base / "unrelated.txt").write_text("\n".join(UNRELATED[:6]) + "\n")
     place.data.mkdir()
     for i, (position, color) in enumerate((("left", "red"), ("right", "blue"), ("top", "yellow"))):
         shot = scene("kite", position=position, color=color)

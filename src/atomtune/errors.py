@@ -1,7 +1,9 @@
-"""Errors that are the user's to fix."""
+"""Errors that are the user's to fix, and libraries that tell of nothing else."""
 
 import difflib
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -12,3 +14,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` Did you mean ...?` for an error about an unknown name, or nothing where no known one is close."""
     close = difflib.get_close_matches(name, sorted(set(known)), n=3, cutoff=0.7)
     return f" Did you mean {' or '.join(f'`{other}`' for other in close)}?" if close else ""
+
+
+@contextmanager
+def hushed(*libraries: str, level: int = logging.ERROR) -> Iterator[None]:
+    """Inside, these libraries log nothing below a level."""
+    loggers = [logging.getLogger(name) for name in libraries]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(level)
+    try:
+        yield
+    finally:
+        for logger, old in zip(loggers, before, strict=True):
+            logger.setLevel(old)

@@ -61,3 +61,8 @@ def write_whole(path: Path, content: str | bytes) -> Path:
             ) from error
         raise
     return path
+
+
+def is_unfinished(name: str) -> bool:
+    """Whether a file of that name is what `write_whole` left where it was cut off."""
+    return name.startswith(".") and name.endswith(".tmp")

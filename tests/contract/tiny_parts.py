@@ -25,6 +25,18 @@ from transformers import (
 
 from atomtune.scenes.model import build_tokenizer
 
+UNRELATED = (
+    "a small flat apple on a green background, at the top",
+    "a big 3d house on a yellow background, on the left",
+    "a big shaded clock on a gray background, at the bottom",
+    "a small shaded fox on a pink striped background, on the right",
+    "a big flat car on a blue background, in the middle",
+    "a small 3d violin on a purple background, at the top",
+    "a big shaded drum on an orange dotted background, on the left",
+    "a small flat bell on a red background, on the right",
+)
+"""Prompts that a tiny base is told to paint beside a concept's pictures."""
+
 CAPTIONS = (
     "a big flat kite on a red background, on the left",
     "a small 3d kite on a blue background, on the right",

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +22,4 @@ class Command(Planned):
     """Print JSON."""
 
     def run(self) -> None:
-        report = self.examined(sheet=self.sheet, measure=self.measure)
-        from atomtune.training.doctor import text
-
-        print(json.dumps(dataclasses.asdict(report), indent=1) if self.json else text(report))
-        sys.exit(1 if report.problems else 0)
+        self.examine(self.json, sheet=self.sheet, measure=self.measure)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import tyro
 
@@ -55,17 +56,19 @@ class Planned:
             self.base, self.dtype, device_of(self.device), quantized=self.quantize, share=self.options.shard
         )
 
-    def examined(self, **how: Any) -> Any:
-        """What `doctor` finds."""
+    def examine(self, as_json: bool = False, **how: Any) -> NoReturn:
+        """Print what the run would meet; exit code 1 where it would stop."""
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # or its profiler says what it can't see; read at import
-        from atomtune.training.doctor import examine
+        from atomtune.training.doctor import examine, text
 
         asked: dict[str, Any] = {
             "out": self.folder,
             "resume": self.resume,
             "allow_changed_data": self.allow_changed_data,
         }
-        return examine(self.open, self.data, self.options, **asked, **how)
+        report = examine(self.open, self.data, self.options, **asked, **how)
+        print(json.dumps(dataclasses.asdict(report), indent=1) if as_json else text(report))
+        sys.exit(1 if report.problems else 0)
 
 
 @dataclass(frozen=True)
@@ -77,11 +80,7 @@ class Command(Planned):
 
     def run(self) -> None:
         if self.dry_run:
-            report = self.examined()
-            from atomtune.training.doctor import text
-
-            print(text(report))
-            sys.exit(1 if report.problems else 0)
+            self.examine()
         import atomtune
         from atomtune.cli import command_line
 

@@ -9,14 +9,12 @@ two harmless lines when plain `from_pretrained` loads the folder; `pipeline()` k
 from __future__ import annotations
 
 import json
-import logging
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from atomtune.errors import hushed
 from atomtune.scenes.render import names
 from atomtune.scenes.world import CLASS_OF, caption, random_scene
 
@@ -41,28 +39,14 @@ def pipeline(dtype: str = "float32") -> Lumina2Pipeline:
     """The embedded pipeline, its progress bar off."""
     # What optional parts say when they are first imported is no news to a user; nor that the autoencoder is a DC-AE.
     noisy = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao")
-    with _only_errors(*noisy):
+    with hushed(*noisy):
         import torch
         import transformers  # noqa: F401  sets its logger up, here and not under the next line
         from diffusers import DiffusionPipeline
-    with _only_errors(*noisy, "diffusers", "transformers"):
+    with hushed(*noisy, "diffusers", "transformers"):
         pipe = DiffusionPipeline.from_pretrained(folder(), dtype=getattr(torch, dtype))
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-@contextmanager
-def _only_errors(*libraries: str) -> Iterator[None]:
-    """Keep libraries from telling anything below an error."""
-    loggers = [logging.getLogger(name) for name in libraries]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
 
 
 def build_tokenizer(vocab_size: int = 2048) -> GemmaTokenizer:

@@ -331,7 +331,7 @@ class Run:
                 self.pace.took(self.done, seconds)
                 if self._due(o.validate_every):
                     terms |= self.validate()
-                speed = {"pictures_per_second": round(o.batch_size * o.grad_accumulation / seconds, 2)}
+                speed = self.speed(seconds)
                 run_folder.note(log, self.line(terms | speed))
                 if self.trackers:
                     self.trackers.log(terms | speed | {"lr": self.optimizer.param_groups[0]["lr"]}, self.done)
@@ -345,6 +345,11 @@ class Run:
                     raise KeyboardInterrupt
                 if self._due(o.sample_every):
                     self.sample()
+
+    def speed(self, seconds: float) -> dict[str, float]:
+        """What log.jsonl says of the time that a step took."""
+        o = self.options
+        return {"pictures_per_second": round(o.batch_size * o.grad_accumulation / seconds, 2)}
 
     def line(self, terms: dict[str, float]) -> dict[str, float]:
         """What log.jsonl says of a step."""

@@ -20,7 +20,7 @@ from atomtune.backbones.base import Layout
 from atomtune.errors import UserError
 from atomtune.training import run_folder
 from atomtune.training.batch import Batch, draw, generator_of
-from atomtune.training.loop import Run, attach_atoms, conclude, training_mode
+from atomtune.training.loop import Run, attach_atoms, check_checkpointing, conclude, training_mode
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import prepare
 from atomtune.training.run_folder import say
@@ -65,8 +65,7 @@ def train_many(
     if processes.num_processes > 1:
         raise UserError(f"Many concepts are trained in one process, got {processes.num_processes}. Share out the list.")
     options = jobs[0].options
-    if options.gradient_checkpointing and not getattr(base, "_supports_gradient_checkpointing", True):
-        raise UserError(f"`gradient_checkpointing` must be off for {backbone.family}, which has none.")
+    check_checkpointing(base, backbone, options)
     try:
         with ExitStack() as stack:
             runs: list[Run] = []
@@ -125,7 +124,7 @@ def _check_shapes(runs: Sequence[Run]) -> None:
 def _steps(runs: Sequence[Run], together: int, progress: bool) -> None:
     o = runs[0].options
     with ExitStack() as stack:
-        logs = [stack.enter_context((run.run / run_folder.LOG).open("ab", buffering=0)) for run in runs]
+        logs = [stack.enter_context(run_folder.log_of(run.run / run_folder.LOG)) for run in runs]
         bar = stack.enter_context(tqdm(total=o.steps, disable=not progress, unit="step", dynamic_ncols=True))
         for step in range(o.steps):
             begin, plain = time.monotonic(), Plain()
@@ -136,8 +135,7 @@ def _steps(runs: Sequence[Run], together: int, progress: bool) -> None:
             for run, log, found in zip(runs, logs, terms, strict=True):
                 run.done += 1
                 run.pace.took(run.done, seconds)
-                speed = {"pictures_per_second": round(o.batch_size * o.grad_accumulation / seconds, 2)}
-                run_folder.note(log, run.line(found | speed))
+                run_folder.note(log, run.line(found | run.speed(seconds)))
                 if run.done % o.checkpoint_every == 0 or run.done == o.steps:
                     run.checkpoint()
             bar.update()

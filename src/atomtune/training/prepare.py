@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from atomtune.data.cache import Cache
 from atomtune.data.folder import Sample, Scan, scan
 from atomtune.data.prompts import split_held_out, unrelated_prompts
 from atomtune.data.views import Size, View, nearest, sizes, view_of
-from atomtune.errors import UserError
+from atomtune.errors import UserError, hushed
 from atomtune.training.encode import Bucket, Encoder, counting
 from atomtune.training.options import TrainOptions
 
@@ -180,18 +179,9 @@ def lost_words(encode: Callable[[str], Conditioning], caption: str) -> str:
     return " ".join(words[most:])
 
 
-@contextmanager
-def unlogged() -> Iterator[None]:
+def unlogged() -> AbstractContextManager[None]:
     """Inside, the libraries do not say at every encoding that a prompt is too long."""
-    loggers = [logging.getLogger(name) for name in ("transformers", "diffusers")]
-    before = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, before, strict=True):
-            logger.setLevel(level)
+    return hushed("transformers", "diffusers")
 
 
 def cut_off(encode: Callable[[str], Conditioning], samples: Sequence[Sample]) -> dict[int, str]:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from atomtune.data.folder import Scan
 from atomtune.data.packed import File
 from atomtune.errors import UserError
-from atomtune.files import write_whole
+from atomtune.files import is_unfinished, write_whole
 from atomtune.training import config
 from atomtune.training.options import TrainOptions
 from atomtune.tuner import previous_of, recover
@@ -72,12 +72,7 @@ def _is_free(run: Path) -> bool:
     if not run.is_dir():
         return False
     names = {path.name for path in run.iterdir()}
-    return all(name in (CONFIG, DATA, LOCK) or _is_unfinished(name) for name in names)
-
-
-def _is_unfinished(name: str) -> bool:
-    """Whether `write_whole` was cut off in this file."""
-    return name.startswith(".") and name.endswith(".tmp")
+    return all(name in (CONFIG, DATA, LOCK) or is_unfinished(name) for name in names)
 
 
 def stored(run: Path, given: TrainOptions) -> TrainOptions:
@@ -172,7 +167,7 @@ def held(run: Path) -> Iterator[None]:
                     f"{found.get('step')}: {run}. Stop that one first, or choose another folder."
                 ) from None
         for path in run.iterdir():
-            if _is_unfinished(path.name):
+            if is_unfinished(path.name):
                 path.unlink(missing_ok=True)
         yield
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from atomtune.errors import UserError
+from atomtune.errors import UserError, hushed
 from atomtune.files import write_whole
 
 from .layer import AtomLinear
@@ -210,12 +210,6 @@ def _metadata(path: Path, prefix: str) -> dict[str, Any]:
 @contextmanager
 def _hushed() -> Iterator[None]:
     """Diffusers tells of errors and misfits before it raises, or instead; here they are errors of one line."""
-    log = logging.getLogger("diffusers")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)
+    with hushed("diffusers", level=logging.CRITICAL), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
