@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from atomtune import atoms as _atoms
 from atomtune import tuner
 from atomtune.atoms import Atom, Density, Statistics
 from atomtune.errors import UserError
+from atomtune.own_words import own_words as reading_own_words
 from atomtune.steering import Steer, steered
 from atomtune.tuner.mixture import is_mixture, saved_parts
 
 Steering = Sequence[Steer] | Mapping[str, Sequence[Steer]]
 """Steers for all, or by part of a mixture."""
+
+OwnWords = Mapping[str, str] | Mapping[str, Mapping[str, str]]
+"""Words of a prompt and what is read instead, or by part of a mixture."""
 
 
 class Atoms:
@@ -71,6 +75,7 @@ class Adapter:
         *,
         purity: float = 0.0,
         contain: float = 0.0,
+        own_words: OwnWords | None = None,
     ) -> Iterator[Self]:
         """Turn the dials for a while.
 
@@ -80,6 +85,7 @@ class Adapter:
         adapter, or a table of single atoms by name, which `atoms` is too. `steer`: strengths that hold at some times,
         places or words (of a mixture also by part); all of them multiply. `contain`: an atom fires only where its code
         is above this share of the most that it reached on unrelated pictures; at 1 it is silent on all of those.
+        `own_words`: codes on the picture are read as if the prompt said these words instead; of a mixture, by part.
         """
         whole, single = (1.0, strength) if isinstance(strength, dict) else (strength, {})
         if not math.isfinite(whole):
@@ -87,8 +93,18 @@ class Adapter:
         ranked = self.atoms.by(formula).ranked
         values = _atoms.dialled(ranked, density, single | (atoms or {}), purity)
         scaled = {place: value * whole for place, value in values.items()}
-        with _atoms.strengths(self.pipe, scaled, self.name), self.steered(steer, ranked), self.contained(contain):
+        with ExitStack() as stack:
+            stack.enter_context(_atoms.strengths(self.pipe, scaled, self.name))
+            stack.enter_context(self.steered(steer, ranked))
+            stack.enter_context(self.contained(contain))
+            stack.enter_context(self.worded(own_words or {}))
             yield self
+
+    def worded(self, own_words: OwnWords) -> AbstractContextManager[None]:
+        """Inside, its codes on the picture are read with these words of its own in the prompt's place."""
+        if any(isinstance(own, Mapping) for own in own_words.values()):
+            raise UserError(f"`own_words` by part is for mixtures, and {self.name} is none. Give one table of words.")
+        return reading_own_words(self.pipe, cast("Mapping[str, str]", own_words), self.name)
 
     def steered(self, steer: Steering, ranked: Sequence[Atom]) -> AbstractContextManager[None]:
         """Inside, the steers hold for its atoms, `ranked`."""

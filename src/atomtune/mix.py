@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from atomtune import surgery, tuner
-from atomtune.adapter import Adapter, Steering, concept_of, load
+from atomtune.adapter import Adapter, OwnWords, Steering, concept_of, load
 from atomtune.atoms import Atom, Statistics
 from atomtune.backbones import backbone_of, denoiser, placed
 from atomtune.data.picture import to_tensor
@@ -83,6 +83,18 @@ class Mixture(Adapter):
         with ExitStack() as stack:
             for part in self.parts.values():
                 stack.enter_context(part.contained(contain))
+            yield
+
+    @contextmanager
+    def worded(self, own_words: OwnWords) -> Iterator[None]:
+        """Inside, each of these parts reads words of its own."""
+        for name, own in own_words.items():
+            if name not in self.parts or not isinstance(own, Mapping):
+                parts = ", ".join(self.parts)
+                raise UserError(f"`own_words` of a mixture must be tables by part ({parts}), got {name!r}: {own!r}.")
+        with ExitStack() as stack:
+            for name, own in own_words.items():
+                stack.enter_context(self.parts[name].worded(cast("Mapping[str, str]", own)))
             yield
 
     def keep(self, left: Sequence[Atom]) -> int:

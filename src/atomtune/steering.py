@@ -154,15 +154,11 @@ def _listening(pipe: Any, backbone: Backbone, words: set[str]) -> Iterator[Calla
 
     A denoiser gets embeddings only: by them a row is known, and the branch without words has no 1.
     """
-    encode, around = pipe.encode_prompt, vars(pipe).get("encode_prompt")
     # A family may encode its prompts by parts, of different widths: which are looked up by is the gate's input.
     spoken: dict[str, dict[int, list[tuple[Tensor, list[int]]]]] = {}
 
-    def listen(*args: Any, **kwargs: Any) -> Any:
-        given = kwargs.get("prompt", args[0] if args else None) or []
-        prompts = [given] if isinstance(given, str) else list(given)  # Z-Image's pipeline overwrites it
-        embeds, *others = encode(*args, **kwargs)
-        for said in words if prompts else ():
+    def hear(prompts: list[str], embeds: Embeds) -> None:
+        for said in words:
             try:
                 at = [word_tokens(backbone.readings(pipe, prompt), said) for prompt in prompts]
             except UserError:
@@ -171,7 +167,6 @@ def _listening(pipe: Any, backbone: Backbone, words: set[str]) -> Iterator[Calla
                 raise
             rows = [(one, at[row * len(at) // len(embeds)]) for row, one in enumerate(embeds)]
             spoken.setdefault(said, {})[embeds[0].shape[-1]] = rows
-        return embeds, *others
 
     def spelled(said: str, embeds: Embeds) -> Tensor:
         known = spoken.get(said, {}).get(embeds[0].shape[-1])
@@ -184,9 +179,34 @@ def _listening(pipe: Any, backbone: Backbone, words: set[str]) -> Iterator[Calla
                     found[row, at] = 1
         return found
 
+    with listening(pipe, hear):
+        yield spelled
+
+
+@contextmanager
+def listening(pipe: Any, hear: Callable[[list[str], Embeds], None]) -> Iterator[None]:
+    """Inside, `hear` gets the prompts that the pipeline encodes, and their embeddings.
+
+    What `hear` itself lets the pipeline encode is heard by nobody.
+    """
+    encode, around = pipe.encode_prompt, vars(pipe).get("encode_prompt")
+
+    def listen(*args: Any, **kwargs: Any) -> Any:
+        given = kwargs.get("prompt", args[0] if args else None) or []
+        prompts = [given] if isinstance(given, str) else list(given)  # Z-Image's pipeline overwrites it
+        found = encode(*args, **kwargs)
+        if prompts:
+            outermost = vars(pipe).pop("encode_prompt", None)
+            try:
+                hear(prompts, found[0])
+            finally:
+                if outermost is not None:
+                    pipe.encode_prompt = outermost
+        return found
+
     pipe.encode_prompt = listen
     try:
-        yield spelled
+        yield
     finally:
         del pipe.encode_prompt
         if around is not None:

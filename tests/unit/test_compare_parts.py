@@ -105,7 +105,7 @@ def test_benchmark_subjects_are_the_first_reserved_ones() -> None:
     assert tuple(RESERVED)[:12] == tasks.SUBJECTS
     for task in tasks.TASKS.values():
         assert not set(task.tuning) & set(RESERVED)
-    assert len(tasks.MIXES) == len(tasks.BOTH) == 12
+    assert len(tasks.TASKS["mixing"].subjects) == len(tasks.TASKS["both"].subjects) == 12
     assert set(STYLES).isdisjoint(NEW_STYLES)
 
 

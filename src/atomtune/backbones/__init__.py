@@ -35,7 +35,7 @@ from atomtune.backbones.base import (
     placed,
     select,
 )
-from atomtune.backbones.reading import token_texts, word_tokens
+from atomtune.backbones.reading import spelling, token_texts, word_tokens
 from atomtune.errors import UserError, did_you_mean
 
 EMBEDDED = "embedded"
@@ -81,6 +81,7 @@ __all__ = [
     "open_pipeline",
     "placed",
     "select",
+    "spelling",
     "token_texts",
     "word_tokens",
 ]

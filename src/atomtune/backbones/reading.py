@@ -59,9 +59,14 @@ def token_texts(readings: list[Reading]) -> list[str]:
     return [text for reading in readings for text, *_ in reading.tokens()]
 
 
+def spelling(words: str) -> re.Pattern[str]:
+    """Finds whole words in a text, in any case and spacing."""
+    return re.compile(r"(?<!\w)" + r"\s+".join(map(re.escape, words.split())) + r"(?!\w)", re.IGNORECASE)
+
+
 def word_tokens(readings: list[Reading], words: str) -> list[int]:
     """Which tokens spell these words, in any case and spacing. Raises UserError where the prompt lacks them."""
-    pattern = re.compile(r"(?<!\w)" + r"\s+".join(map(re.escape, words.split())) + r"(?!\w)", re.IGNORECASE)
+    pattern = spelling(words)
     at, found = 0, []
     for reading in readings:
         spans = [match.span() for match in pattern.finditer(reading.prompt)]

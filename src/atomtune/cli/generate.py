@@ -41,6 +41,9 @@ class Command:
     once a part: each then takes part in its own region only."""
     words: str | None = None
     """Limit to these words of the prompts; for the prompts' tokens."""
+    own_words: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="[PART:]SEPIA=PHOTO")] = ()
+    """Where the prompt says the first, the adapter's codes are read as if it said the second, a word that its captions
+    had; nothing takes it out. Twice the time. Of a mixture, give the part; may be given several times."""
     contain: float = 0.0
     """How contained atoms are: each fires only above this share of what it reached on unrelated pictures; 0 to 1."""
     steps: int | None = None
@@ -59,7 +62,7 @@ class Command:
         from atomtune.cli.common import open_adapter, parse_density
         from atomtune.sampling import save_pictures
 
-        dials = self._dials()
+        dials = self._dials() | {"own_words": self._own_words()}
         adapter = open_adapter(self.adapter, self.base, self.allow_other_base, self.device)
         for name, value in dials.get("atoms", {}).items():
             print(f"{adapter.atoms[name].title} at {value:g}", file=sys.stderr)
@@ -70,6 +73,19 @@ class Command:
         for path in save_pictures(pictures, self.out, self.seed):
             print(path)
         print(f"{len(pictures)} pictures in {self.out}", file=sys.stderr)
+
+    def _own_words(self) -> dict[str, Any]:
+        """Words by what is read instead; where a part is named, by part."""
+        from atomtune.errors import UserError
+
+        found: dict[str, Any] = {}
+        for given in self.own_words:
+            words, sign, own = given.partition("=")
+            part, colon, said = words.rpartition(":")
+            if not sign or not said:
+                raise UserError(f"`own_words` must be WORDS=OTHERS, or PART:WORDS=OTHERS of a mixture, got {given!r}.")
+            (found.setdefault(part, {}) if colon else found)[said] = own
+        return found
 
     def _dials(self) -> dict[str, Any]:
         """Arguments of `using`."""

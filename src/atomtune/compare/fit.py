@@ -12,7 +12,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +134,11 @@ class Tuned:
         assert self.adapter is not None
         given = backbone_of(self.pipe).encode_prompts(self.pipe, list(prompts))
         return bool((read_gates(denoiser(self.pipe), given)[self.adapter.name] == 1).all())
+
+    def reading(self, own_words: Mapping[str, str]) -> AbstractContextManager[None]:
+        """Inside, codes are read in words of its own."""
+        assert self.adapter is not None
+        return self.adapter.worded(own_words)
 
     def remove(self) -> None:
         """The pipeline is the base again."""

@@ -14,7 +14,7 @@ from typing import Any
 from atomtune.backbones import EMBEDDED, open_pipeline
 from atomtune.compare import plots, tables
 from atomtune.compare.cells import Cell
-from atomtune.compare.methods import BASE, METHODS, options_of, parse
+from atomtune.compare.methods import BASE, METHODS, REFERENCES, options_of, parse
 from atomtune.compare.results import restore, write_result
 from atomtune.compare.results import rows as rows_of
 from atomtune.compare.runner import run
@@ -73,7 +73,7 @@ class Grid:
 
     def _configs(self, method: str) -> list[dict[str, Any]]:
         name, _ = parse(method)
-        if name == BASE:
+        if name in REFERENCES:
             return [{}]
         return [
             {
@@ -153,7 +153,7 @@ def tune(grid: Grid, out: Path, name: str = "tuning", **given: Any) -> Path:
 
     The score is what one operating point dominates: similarity gained over the base x alignment x (1 - drift).
     """
-    methods = [m for m in grid.methods if m != BASE]
+    methods = [m for m in grid.methods if m not in REFERENCES]
     tried = [f"{m}{',' if ':' in m else ':'}lr={rate}" for m in methods for rate in METHODS[parse(m)[0]].rates]
     return compare(dataclasses.replace(grid, methods=(BASE, *tried), dials=False), out, name, **given)
 

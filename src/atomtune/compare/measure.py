@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from atomtune.backbones import open_pipeline
 from atomtune.compare import tasks
 from atomtune.compare.cells import Cell
 from atomtune.compare.fit import COMPONENTS, Fit, Knob, Lesson, Tuned, obtain, singular
-from atomtune.compare.methods import BASE, parse
+from atomtune.compare.methods import REFERENCES, parse
 from atomtune.compare.tasks import Ask, Studio
 from atomtune.editing.sweep import sweep
-from atomtune.scenes.world import Scene
+from atomtune.scenes.world import CLASS_OF, Scene
 from atomtune.training.options import TrainOptions
 from atomtune.tuner import activate
 from atomtune.tuner.model import unwrap
@@ -43,6 +44,21 @@ EDIT_KNOBS = (
 )
 
 
+TOGETHER = tuple(
+    Knob(name, v)
+    for name, values in (
+        ("scale", (0.8, 0.6)),
+        ("balance", (0.8, 1.2)),
+        ("own-words", (1.0, 0.8)),
+        ("own-balance", (0.8, 1.2)),
+    )
+    for v in values
+)
+"""Turned on two adapters at once: both alike, or the first to a strength and the second to 2 less that; with `own`,
+codes are read in words of their own (a subject's in the style in which it was learned; of two subjects, each with the
+other's class noun), which needs components."""
+
+
 def work(cell: Cell, folder: Path) -> list[Row]:
     """Measure one cell. Trained methods and the base's pictures are kept in `folder`."""
     pipe = open_pipeline(cell.config["base"])
@@ -53,7 +69,7 @@ def work(cell: Cell, folder: Path) -> list[Row]:
 def _facts(cell: Cell) -> Row:
     """What every row of a cell says about it."""
     facts: Row = {"task": cell.task, "method": cell.method, "subject": cell.subject, "seed": cell.seed}
-    if cell.method == BASE:
+    if cell.method in REFERENCES:
         return facts | {"size": 0, "knob": "full", "knob_value": 1.0}
     options = TrainOptions.from_dict(cell.config["options"])
     return facts | {
@@ -139,8 +155,8 @@ def _learned(cell: Cell, studio: Studio, lesson: Lesson, asks: list[Ask], learne
     neighbours = studio.base(tasks.neighbour_asks(pairs), noise)
     base_quiet = studio.base(quiet, LEAK_SEED)
     base_nouns = studio.base(nouns, CLASS_SEED) if nouns else []
-    if cell.method == BASE:
-        pictures = studio.base(asks, noise)
+    if cell.method in REFERENCES:
+        pictures = studio.untrained(cell.method, asks, noise)
         inner = tasks.inner_leak(neighbours, pictures[: len(pairs)], pairs)
         yield tasks.score(pictures, asks, learned) | inner | {"drift": 0.0, "pixel_drift": 0.0, "silence": 1.0}
         return
@@ -191,8 +207,8 @@ def editing_bare(cell: Cell, studio: Studio) -> Iterator[Row]:
 
 def _edited(cell: Cell, studio: Studio, lesson: Lesson) -> Iterator[Row]:
     asks, noise = tasks.edit_asks(cell.subject), _noise(cell)
-    if cell.method == BASE:
-        yield from _kinds(studio.base(asks, noise), asks)
+    if cell.method in REFERENCES:
+        yield from _kinds(studio.untrained(cell.method, asks, noise), asks)
         return
     tuned = _tuned(cell, studio, lesson)
     gate = True if tuned.gated else None
@@ -224,32 +240,47 @@ def mixing(cell: Cell, studio: Studio) -> Iterator[Row]:
     """A subject and a style, taught apart, in one picture."""
     subject, _, look = cell.subject.partition(" x ")
     asks = tasks.mixed_asks(subject, look)
-    yield from _together(cell, studio, (tasks.subject_lesson(subject), tasks.style_lesson(look)), asks)
+    lessons = (tasks.subject_lesson(subject), tasks.style_lesson(look))
+    yield from _together(cell, studio, lessons, asks, ({look: tasks.LEARNED}, {}))
 
 
 def both(cell: Cell, studio: Studio) -> Iterator[Row]:
     """Two subjects, taught apart, side by side."""
     first, _, second = cell.subject.partition(" + ")
     asks = tasks.both_asks(first, second)
-    yield from _together(cell, studio, (tasks.subject_lesson(first), tasks.subject_lesson(second)), asks)
+    lessons = (tasks.subject_lesson(first), tasks.subject_lesson(second))
+    own_words = ({second: CLASS_OF[second]}, {first: CLASS_OF[first]})
+    yield from _together(cell, studio, lessons, asks, own_words)
 
 
-def _together(cell: Cell, studio: Studio, lessons: tuple[Lesson, Lesson], asks: list[Ask]) -> Iterator[Row]:
+def _together(
+    cell: Cell,
+    studio: Studio,
+    lessons: tuple[Lesson, Lesson],
+    asks: list[Ask],
+    own_words: tuple[Mapping[str, str], Mapping[str, str]],
+) -> Iterator[Row]:
     noise = _noise(cell)
-    if cell.method == BASE:
-        yield tasks.score(studio.base(asks, noise), asks, None)
+    if cell.method in REFERENCES:
+        yield tasks.score(studio.untrained(cell.method, asks, noise), asks, None)
         return
     # One after the other, since training needs a base without adapters.
     for lesson in lessons:
         _tuned(cell, studio, lesson).remove()
     first, second = (_tuned(cell, studio, lesson, name) for lesson, name in zip(lessons, ("a", "b"), strict=True))
     activate(unwrap(studio.pipe), "a", "b")
-    for weight in (1.0, 0.8, 0.6):
-        for gate in _gates(first) if weight == 1.0 else _gates(first)[:1]:
-            knob = Knob("scale", weight)
-            with _at(first, knob, gate), _at(second, knob, gate):
-                pictures = studio.paint(asks, noise)
-            yield first.facts | _knob(knob, gate) | tasks.score(pictures, asks, None)
+    gates, strength = _gates(first), functools.partial(Knob, "scale")
+    points = [(FULL, gate) for gate in gates] + [(knob, gates[0]) for knob in TOGETHER]
+    for knob, gate in points if first.adapter is not None else [p for p in points if not p[0].name.startswith("own")]:
+        other = 2 - knob.value if knob.name.endswith("balance") else knob.value
+        with ExitStack() as stack:
+            stack.enter_context(_at(first, strength(knob.value), gate))
+            stack.enter_context(_at(second, strength(other), gate))
+            if knob.name.startswith("own"):
+                for tuned, words in zip((first, second), own_words, strict=True):
+                    stack.enter_context(tuned.reading(words))
+            pictures = studio.paint(asks, noise)
+        yield first.facts | _knob(knob, gate) | tasks.score(pictures, asks, None)
 
 
 MEASURES: dict[str, Callable[[Cell, Studio], Iterator[Row]]] = {

@@ -14,6 +14,12 @@ from atomtune.training.options import TrainOptions
 BASE = "base"
 """The unadapted model, measured beside the methods."""
 
+TRUTH = "truth"
+"""What was asked for, through the base's autoencoder: what no method can better, measured beside them too."""
+
+REFERENCES = (BASE, TRUTH)
+"""Neither is trained."""
+
 
 @dataclass(frozen=True)
 class Method:
@@ -72,9 +78,9 @@ OURS = {"silence": 0.0, "nested": False, "contain": False}
 def parse(text: str) -> tuple[str, dict[str, Any]]:
     """`atoms:silence=0.01,n_atoms=64` as a method's name and the options that it changes."""
     name, _, rest = text.partition(":")
-    if name != BASE and name not in METHODS:
-        hint = did_you_mean(name, METHODS)
-        raise UserError(f"`methods` must be among {', '.join((BASE, *METHODS))}, got {name!r}.{hint}")
+    known = (*REFERENCES, *METHODS)
+    if name not in known:
+        raise UserError(f"`methods` must be among {', '.join(known)}, got {name!r}.{did_you_mean(name, known)}")
     return name, parse_options(rest.split(","))
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from atomtune.compare.tables import ARROWS, BY, MEASURES, Interval, Row, is_base, is_ours, mean_of
+from atomtune.compare.tables import ARROWS, BY, MEASURES, Interval, Row, is_base, is_ours, is_reference, mean_of
 from atomtune.errors import UserError
 from atomtune.files import write_whole
 
@@ -141,7 +141,7 @@ def _apart(summary: Iterable[Row], measure: str) -> tuple[list[Row], list[Row]]:
     """The base, if it has the measure, and all others, in an order of their own: ours last."""
     entries = sorted(summary, key=lambda entry: (is_ours(entry), *(str(entry.get(k)).rjust(12) for k in BY)))
     base = [entry for entry in entries if is_base(entry) and not math.isnan(mean_of(entry, measure))]
-    return base[:1], [entry for entry in entries if not is_base(entry)]
+    return base[:1], [entry for entry in entries if not is_reference(entry)]
 
 
 def _groups(entries: Iterable[Row], by: Sequence[str]) -> list[list[Row]]:

@@ -254,6 +254,11 @@ def is_base(entry: Row) -> bool:
     return entry.get("method") == "base"
 
 
+def is_reference(entry: Row) -> bool:
+    """Whether it is no method: the base, or the truth."""
+    return entry.get("method") in ("base", "truth")
+
+
 def overlaps(a: Interval, b: Interval) -> bool:
     """Whether the intervals share a point; an unknown bound excludes nothing."""
     return not (a.high < b.low or b.high < a.low)
@@ -286,8 +291,8 @@ def markdown(
     """A Markdown table with "mean (low to high)" cells, its caption, and the command that made the rows.
 
     `labels` holds the columns that name a row, key -> header (default: the method). The rows go by `order`, a measure
-    (default: the first; best on top, the base at the end) or a key. In each column the better of our best and the best
-    rival's is bold, where their intervals do not overlap; the base is no rival.
+    (default: the first; best on top, base and truth last) or a key. In each column the better of our best and the best
+    rival's is bold, where their intervals do not overlap; base and truth are no rivals.
     """
     labels = {"method": "method"} if labels is None else labels
     order = measures[0] if order is None else order
@@ -416,13 +421,18 @@ def _sortable(value: Any) -> tuple[int, float, str]:
 
 
 def _rank(entry: Row, order: str) -> tuple[Any, ...]:
-    """Best first, unknown after, the base last; ties and keys in ascending order."""
+    """Best first, unknown after, base and truth last; ties and keys in ascending order."""
     keys = tuple(_sortable(entry.get(k)) for k in BY)
     if order not in MEASURES or MEASURES[order].direction == 0:
         value = entry.get(order)
         return _sortable(value.mean if isinstance(value, Interval) else value), *keys
     value = mean_of(entry, order)
-    return is_base(entry), math.isnan(value), 0.0 if math.isnan(value) else -MEASURES[order].direction * value, keys
+    return (
+        is_reference(entry),
+        math.isnan(value),
+        0.0 if math.isnan(value) else -MEASURES[order].direction * value,
+        keys,
+    )
 
 
 def _winner(entries: Sequence[Row], measure: str) -> Row | None:
@@ -430,7 +440,7 @@ def _winner(entries: Sequence[Row], measure: str) -> Row | None:
     if not MEASURES[measure].direction:
         return None
     ours = best(entries, measure, is_ours)
-    rival = best(entries, measure, lambda entry: not (is_ours(entry) or is_base(entry)))
+    rival = best(entries, measure, lambda entry: not (is_ours(entry) or is_reference(entry)))
     if ours is None or rival is None or overlaps(ours[measure], rival[measure]):
         return None
     return best((ours, rival), measure)
@@ -476,7 +486,7 @@ def _caption(entries: Sequence[Row], measures: Sequence[str], bold: bool) -> str
         return f"{number} {one}" if known == [1] else f"{number} {one}s"
 
     found = [entry[m] for entry in entries for m in measures if isinstance(entry.get(m), Interval)]
-    trained = [entry for entry in entries if not is_base(entry)] or entries
+    trained = [entry for entry in entries if not is_reference(entry)] or entries
     subjects = span((entry.get("subjects", 0) for entry in trained), "subject")
     seeds = span((entry.get("seeds", 0) for entry in trained), "seed")
     levels = {f"{value.level:.0%}" for value in found if not math.isnan(value.low)}

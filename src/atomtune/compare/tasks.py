@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from atomtune.compare.fit import Lesson
+from atomtune.compare.methods import TRUTH
 from atomtune.data.cache import Cache, key
 from atomtune.measure import drift, pixel_drift, silence
 from atomtune.sampling import generate
@@ -83,6 +84,17 @@ class Studio:
 
         kept = Cache(self.folder / "base").get(entry, make)["pictures"].numpy()
         return [Image.fromarray(picture) for picture in kept]
+
+    @torch.no_grad()
+    def truth(self, asks: Sequence[Ask]) -> list[Image.Image]:
+        """The true pictures, encoded and decoded by the pipeline's autoencoder."""
+        true = [Image.fromarray(render(ask.scene)) for ask in asks]
+        pixels = self.pipe.image_processor.preprocess(true).to(self.pipe.vae.dtype)
+        return self.pipe.image_processor.postprocess(self.pipe.vae(pixels).sample)
+
+    def untrained(self, reference: str, asks: Sequence[Ask], seed: int) -> list[Image.Image]:
+        """What a reference shows for asks: the base's pictures, or the true ones."""
+        return self.truth(asks) if reference == TRUTH else self.base(asks, seed)
 
 
 # ---------------------------------------------------------------------------------------------- lessons
@@ -307,15 +319,20 @@ class Task:
     lesson: Callable[[str], Lesson]
 
 
-MIXES = tuple(f"{subject} x {style}" for subject, style in zip(SUBJECTS, tuple(NEW_STYLES) * 2, strict=True))
-BOTH = tuple(f"{a} + {b}" for a, b in zip(SUBJECTS, (*SUBJECTS[1:], SUBJECTS[0]), strict=True))
+def _mixes(subjects: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{subject} x {style}" for subject, style in zip(subjects, tuple(NEW_STYLES) * 2, strict=False))
+
+
+def _pairs(subjects: Sequence[str]) -> tuple[str, ...]:
+    return tuple(f"{a} + {b}" for a, b in zip(subjects, (*subjects[1:], subjects[0]), strict=True))
+
 
 TASKS: dict[str, Task] = {
     "customization": Task(SUBJECTS, tuple(TUNING), subject_lesson),
     "style": Task(tuple(NEW_STYLES), (), style_lesson),
     "editing": Task(SUBJECTS, tuple(TUNING), lambda s: single_lesson(s, "full")),
     "editing-bare": Task(SUBJECTS, tuple(TUNING), lambda s: single_lesson(s, "bare")),
-    "mixing": Task(MIXES, (), lambda s: subject_lesson(s.partition(" x ")[0])),
-    "both": Task(BOTH, (), lambda s: subject_lesson(s.partition(" + ")[0])),
+    "mixing": Task(_mixes(SUBJECTS), _mixes(tuple(TUNING)), lambda s: subject_lesson(s.partition(" x ")[0])),
+    "both": Task(_pairs(SUBJECTS), _pairs(tuple(TUNING)), lambda s: subject_lesson(s.partition(" + ")[0])),
 }
 """Tasks by name; `mixing` and `both` teach their two concepts apart."""

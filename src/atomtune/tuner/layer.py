@@ -58,7 +58,8 @@ class AtomLayer(BaseTunerLayer):
 class AtomLinear(nn.Module, AtomLayer):
     """W x + strength * codes(x) D, summed over the active adapters.
 
-    Codes at or below `floors[adapter]`, where there is one, (n_atoms,), are off; a context sets it. What is left is
+    Codes are first replaced by those of `replaced[adapter]`, where there is one: (where, codes), as its context says.
+    Those at or below `floors[adapter]`, where there is one, (n_atoms,), are off; a context sets it. What is left is
     multiplied by four things: `scaling[adapter]` (PEFT's and diffusers' adapter weight),
     `atom_strength[adapter]` (one number an atom, ones at start, never saved), the adapter's prompt gate, and, where
     there is one, `steering[adapter]`, broadcastable to (rows, positions, n_atoms), which a steering sets each forward.
@@ -68,7 +69,7 @@ class AtomLinear(nn.Module, AtomLayer):
     """
 
     adapter_layer_names = ("atom_dictionary",)
-    other_param_names = ("r", "scaling", "atom_strength", "gates", "steering", "floors")
+    other_param_names = ("r", "scaling", "atom_strength", "gates", "steering", "floors", "replaced")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -84,6 +85,7 @@ class AtomLinear(nn.Module, AtomLayer):
         self.gates: dict[str, GateValues] = {}
         self.steering: dict[str, Tensor] = {}
         self.floors: dict[str, Tensor] = {}
+        self.replaced: dict[str, tuple[Tensor, Tensor]] = {}
         self.recorders: dict[str, list[tuple[list[Tensor], list[Tensor]]]] = {}
         self.assigned: Sequence[str] | None = None
         """The adapter of each row, for a while: `model.assigned` sets it."""
@@ -181,7 +183,7 @@ class AtomLinear(nn.Module, AtomLayer):
     def _stacks(self, names: Sequence[str]) -> bool:
         distinct = list(dict.fromkeys(names))
         first = self.dictionary(distinct[0])
-        steered = any(name in self.steering for name in distinct)
+        steered = any(name in self.steering or name in self.replaced for name in distinct)
         return not steered and all(first.stacks_with(self.dictionary(name)) for name in distinct)
 
     def _one_by_one(self, result: Tensor, x: Tensor, names: Sequence[str], rows: Tensor) -> Tensor:
@@ -244,6 +246,9 @@ class AtomLinear(nn.Module, AtomLayer):
             for seen_pre_codes, seen_codes in self.recorders[adapter]:
                 seen_pre_codes.append(pre_codes)
                 seen_codes.append(codes)
+        if adapter in self.replaced:
+            where, others = (t if rows is None else t[rows] for t in self.replaced[adapter])
+            codes = torch.where(where, others.to(codes.dtype), codes)
         if adapter in self.floors:
             codes = codes.masked_fill(codes.abs() <= self.floors[adapter], 0)
         factor = self.atom_strength[adapter] * self.scaling[adapter]
