@@ -1,4 +1,4 @@
-"""Mix adapters: side by side with weights, each in its own region, which atoms conflict, and all in one file.
+"""Mix adapters: side by side with weights, each in its own region or words, which atoms conflict, and all in one file.
 
 Run from a folder with runs/my-dog and runs/my-style, or as a notebook, cell by cell.
 """
@@ -22,6 +22,10 @@ atomtune.generate(pipe, prompts)[0].save(out / "both.png")
 left = np.array([[1.0, 0.0]])
 with mixture.using(steer={"dog": [Steer(where=left)], "style": [Steer(where=1 - left)]}):
     atomtune.generate(pipe, prompts)[0].save(out / "halves.png")
+
+# %% The dog falls silent beside words that its captions never had: let it read its own
+with mixture.using(own_words={"dog": {"in my style": ""}}):
+    atomtune.generate(pipe, prompts)[0].save(out / "own-words.png")
 
 # %% Which atoms fire together and write along each other; the weaker ones out for now
 found = conflicts(mixture, prompts)

@@ -23,7 +23,7 @@ from atomtune.errors import UserError
 from atomtune.measure import pixel_drift
 from atomtune.measure.reads import watch
 from atomtune.sampling import generate
-from atomtune.training.loop import NAME, attach_atoms
+from atomtune.training.ends import NAME, attach_atoms
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import unrelated_list
 from atomtune.tuner import adapter_config, atom_layers, base_only

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from atomtune.backbones import backbone_of, open_pipeline
-from atomtune.training import loop
 from atomtune.training.encode import weights_key
+from atomtune.training.ends import NAME, attach_atoms, training_mode
+from atomtune.training.loop import Run
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import prepare
 from atomtune.training.processes import shard
@@ -25,19 +26,19 @@ pipe = open_pipeline(base)
 options = TrainOptions(
     concept="kite", n_atoms=4, batch_size=1, unrelated_pictures=2, grad_accumulation=int(accumulation)
 )
-loop.attach_atoms(pipe, backbone_of(pipe), options)
+attach_atoms(pipe, backbone_of(pipe), options)
 torch.manual_seed(1)
 for parameter in (p for n, p in pipe.transformer.named_parameters() if n.endswith(".atoms")):
     torch.nn.init.normal_(parameter, std=0.1)  # so that encoders have gradients too
 base_key = weights_key(pipe.transformer)
 if shared:
-    shard(pipe.transformer, torch.device("cpu"), processes, loop.NAME)
+    shard(pipe.transformer, torch.device("cpu"), processes, NAME)
     whole = sum(p.numel() for n, p in pipe.transformer.named_parameters() if "atom_" not in n)
     here = sum(p.to_local().numel() for p in pipe.transformer.parameters() if isinstance(p, DTensor))
     assert here < 0.6 * whole, "each process holds about half of the base"
 material = prepare(pipe, backbone_of(pipe), Path(data), options, Path(out).with_suffix(""), base_key)
-with loop.training_mode(pipe.transformer, options):
-    run = loop.Run(pipe, backbone_of(pipe), material, options, Path(out).parent, processes)
+with training_mode(pipe.transformer, options):
+    run = Run(pipe, backbone_of(pipe), material, options, Path(out).parent, processes)
     run.backward(0)
 if processes.is_main_process:
     save_file({str(i): p.grad for i, p in enumerate(run.parameters()) if p.grad is not None}, out)

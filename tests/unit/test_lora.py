@@ -19,7 +19,7 @@ from atomtune.backbones import backbone_of, denoiser
 from atomtune.cli import main
 from atomtune.errors import UserError
 from atomtune.lora import captions, export_lora, fit_autoencoder, import_lora
-from atomtune.training.loop import attach_atoms
+from atomtune.training.ends import attach_atoms
 from atomtune.training.options import TrainOptions
 from atomtune.tuner import atom_layers
 from atomtune.tuner.lora import error_of, factors, lora_of, reduced_rank

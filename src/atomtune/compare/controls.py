@@ -13,7 +13,7 @@ from atomtune.lora import attach_factors, attach_rows, fit_autoencoder
 from atomtune.measure.reads import watch
 from atomtune.training import gating
 from atomtune.training.batch import draw, generator_of
-from atomtune.training.loop import NAME
+from atomtune.training.ends import NAME
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import Material
 from atomtune.tuner import prompt_gate

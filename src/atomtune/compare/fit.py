@@ -35,7 +35,8 @@ from atomtune.scenes.render import render
 from atomtune.scenes.world import Scene
 from atomtune.training import objective
 from atomtune.training.batch import draw, generator_of
-from atomtune.training.loop import NAME, Run, attach_atoms, conclude, training_mode
+from atomtune.training.ends import NAME, attach_atoms, conclude, training_mode
+from atomtune.training.loop import Run
 from atomtune.training.optimizers import schedule
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import Material, prepare

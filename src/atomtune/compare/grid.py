@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from atomtune.backbones import EMBEDDED, open_pipeline
+from atomtune.backbones import EMBEDDED, denoiser, open_pipeline
 from atomtune.compare import plots, tables
 from atomtune.compare.cells import Cell
 from atomtune.compare.methods import BASE, METHODS, REFERENCES, options_of, parse
@@ -63,7 +63,7 @@ class Grid:
         subjects = subjects_of(self.task, self.subjects)
         shared = {"base": self.base, "sampler": self.sampler, "dials": self.dials}
         configs = [(method, config) for method in self.methods for config in self._configs(method)]
-        shared["fingerprint"] = fingerprint(open_pipeline(self.base).transformer)
+        shared["fingerprint"] = fingerprint(denoiser(open_pipeline(self.base)))
         return [
             Cell(self.task, method, subject, seed, shared | _seeded(config, seed))
             for subject in subjects

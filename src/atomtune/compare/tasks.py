@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from atomtune.backbones import denoiser
 from atomtune.compare.fit import Lesson
 from atomtune.compare.methods import TRUTH
 from atomtune.data.cache import Cache, key
@@ -77,7 +78,7 @@ class Studio:
     def base(self, asks: Sequence[Ask], seed: int) -> list[Image.Image]:
         """The same by the bare base, which must have no adapter attached when they are not kept yet."""
         words = [a.words for a in asks]
-        entry = key(fingerprint(self.pipe.transformer), str(self.steps), str(seed), *words)
+        entry = key(fingerprint(denoiser(self.pipe)), str(self.steps), str(seed), *words)
 
         def make() -> dict[str, torch.Tensor]:
             return {"pictures": torch.from_numpy(arrays(self.paint(asks, seed)))}

@@ -18,7 +18,7 @@ from atomtune.data.twins import Twins, twins
 from atomtune.data.views import Size, kept
 from atomtune.errors import UserError
 from atomtune.training import memory, optimizers, prepare, run_folder, validation
-from atomtune.training.loop import NAME, attach_atoms, check_checkpointing
+from atomtune.training.ends import NAME, attach_atoms, check_checkpointing
 from atomtune.training.memory import Measured, Memory
 from atomtune.training.options import TrainOptions
 from atomtune.training.run_folder import say

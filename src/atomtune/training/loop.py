@@ -7,7 +7,6 @@ import math
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -20,8 +19,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from atomtune.adapter import Adapter
-from atomtune.atoms import contained, measure, order_by_importance, reaches, strengths
-from atomtune.backbones import Backbone, Conditioning, Grid, backbone_of, base_name, denoiser, placed, select
+from atomtune.atoms import contained, strengths
+from atomtune.backbones import Backbone, Conditioning, Grid, backbone_of, base_name, denoiser, placed
 from atomtune.errors import UserError
 from atomtune.files import write_whole
 from atomtune.sampling import generate
@@ -30,6 +29,15 @@ from atomtune.training import checkpoints, gating, hub, objective, optimizers, r
 from atomtune.training.batch import Batch, draw, generator_of
 from atomtune.training.ema import Ema
 from atomtune.training.encode import weights_key
+from atomtune.training.ends import (
+    NAME,
+    attach_atoms,
+    check_checkpointing,
+    conclude,
+    learned_nothing,
+    sites_of,
+    training_mode,
+)
 from atomtune.training.options import TrainOptions
 from atomtune.training.pace import Pace
 from atomtune.training.prepare import Material, prepare
@@ -38,11 +46,9 @@ from atomtune.training.run_folder import say
 from atomtune.training.start import from_activations
 from atomtune.training.trackers import Trackers, chosen
 from atomtune.tuner import (
-    AtomConfig,
     Recording,
     adapter_config,
     atom_layers,
-    attach,
     base_only,
     fingerprint,
     open_gate,
@@ -52,7 +58,6 @@ from atomtune.tuner import (
     save,
 )
 
-NAME = "default"
 ANNEAL = 0.4
 """Share of the steps over which k falls from all atoms to `k`."""
 DEAD_AFTER = 50
@@ -165,67 +170,8 @@ def _tell_end(state: Run) -> None:
     if state.best is not None:
         score, step = state.best
         say(f"the best of {state.done} steps, by validation_score, is step {step} ({score:.4g}); last/ has the last")
-    if not any(layer.dictionary(NAME).atoms.any() for layer in atom_layers(state.base, NAME).values()):
+    if learned_nothing(state.base):
         say("warning: no atom has learned anything: the adapter is the base. Raise --lr or --steps.")
-
-
-def check_checkpointing(base: Any, backbone: Backbone, options: TrainOptions) -> None:
-    """Raises UserError where gradient checkpointing is asked of a model that has none."""
-    if options.gradient_checkpointing and not getattr(base, "_supports_gradient_checkpointing", True):
-        raise UserError(f"`gradient_checkpointing` must be off for {backbone.family}, which has none.")
-
-
-def sites_of(base: Any) -> str:
-    """What is adapted, in words: `16 sites: 8 x attn.to_q, 8 x attn.to_v`."""
-    sites = list(atom_layers(base, NAME))
-    kinds = Counter(".".join(part for part in site.split(".") if not part.isdigit()) for site in sites)
-    return f"{len(sites)} sites: {', '.join(f'{number} x {kind}' for kind, number in kinds.items())}"
-
-
-def attach_atoms(pipe: Any, backbone: Backbone, options: TrainOptions, adapter: str = NAME, **instead: Any) -> None:
-    """A fresh adapter, as the options want it; `instead` are fields of its config that differ."""
-    embeds = backbone.encode_prompts(pipe, [""])[backbone.gate_input]
-    fields: dict[str, Any] = {
-        "n_atoms": options.n_atoms,
-        "sparsifier": options.sparsifier,
-        "k": options.k,
-        "threshold": options.threshold,
-        "target_modules": list(options.sites or backbone.sites),
-        "gate_input": backbone.gate_input if options.gated else None,
-        "gate_mask": backbone.gate_mask if options.gated else None,
-        "gate_dim": embeds[0].shape[-1] if options.gated else None,
-        "base_model_name_or_path": base_name(pipe),
-    }
-    torch.manual_seed(options.seed)
-    attach(denoiser(pipe), AtomConfig(**fields | instead), adapter)
-
-
-def conclude(
-    pipe: Any, backbone: Backbone, material: Material, options: TrainOptions, name: str = NAME
-) -> tuple[Adapter, dict[str, float]]:
-    """After the last step: calibrate the gate, measure the atoms, put them in order; returns what the gate does."""
-    base = denoiser(pipe)
-    gate_report = gating.calibrate(base, backbone, material, name) if options.gated else {}
-    statistics = measure(base, backbone, material.latents, material.conditioning, adapter=name, masks=material.masks)
-    far = (~material.of_class).nonzero().flatten()
-    others = select(material.unrelated_conditioning, far)
-    reach = reaches(base, backbone, material.unrelated_latents[far], others, adapter=name)
-    statistics = {site: found | reach[site] for site, found in statistics.items()}
-    return Adapter(pipe, order_by_importance(base, statistics, name), name), gate_report
-
-
-@contextmanager
-def training_mode(base: Any, options: TrainOptions) -> Iterator[None]:
-    """Freeze the base; gradient checkpointing where asked. The model stays in eval mode: no dropout."""
-    for name, parameter in base.named_parameters():
-        parameter.requires_grad_("atom_" in name)
-    if options.gradient_checkpointing:
-        base.enable_gradient_checkpointing()
-    try:
-        yield
-    finally:
-        if options.gradient_checkpointing:
-            base.disable_gradient_checkpointing()
 
 
 @contextmanager

@@ -20,11 +20,12 @@ from atomtune.backbones.base import Layout
 from atomtune.errors import UserError
 from atomtune.training import run_folder
 from atomtune.training.batch import Batch, draw, generator_of
-from atomtune.training.loop import Run, attach_atoms, check_checkpointing, conclude, training_mode
+from atomtune.training.ends import attach_atoms, check_checkpointing, conclude, learned_nothing, training_mode
+from atomtune.training.loop import Run
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import prepare
 from atomtune.training.run_folder import say
-from atomtune.tuner import activate, assigned, atom_layers, base_only, record, remove_adapter
+from atomtune.tuner import activate, assigned, base_only, record, remove_adapter
 
 TOGETHER = 8
 """Concepts that share a forward, by default: memory grows with them."""
@@ -235,7 +236,7 @@ def _finish(run: Run, command: str) -> None:
     activate(run.base, run.name)
     run.end()
     adapter, gate_report = conclude(run.pipe, run.backbone, run.material, o, run.name)
-    if not any(layer.dictionary(run.name).atoms.any() for layer in atom_layers(run.base, run.name).values()):
+    if learned_nothing(run.base, run.name):
         say(f"warning: no atom of {run.run} has learned anything. Raise --lr or --steps.")
     meta = {"command": command, "concept": o.concept, "steps": run.done, "seed": o.seed}
     adapter.save(run.run, meta | gate_report)

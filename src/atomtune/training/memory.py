@@ -27,7 +27,8 @@ from atomtune.errors import UserError
 from atomtune.sampling import generate
 from atomtune.training import gating
 from atomtune.training.encode import PAINTED_AT_ONCE, PIXELS_AT_ONCE, Bucket
-from atomtune.training.loop import NAME, Run, training_mode
+from atomtune.training.ends import NAME, training_mode
+from atomtune.training.loop import Run
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import Item, Material
 from atomtune.tuner import base_only
