@@ -33,16 +33,16 @@ DIALS = (*(Knob("atoms", v, "effect") for v in (0.5, 0.25, 0.1)), Knob("atoms", 
 CONTAINED = tuple(Knob("contain", v) for v in (0.5, 0.75, 1.0))
 """Turned there on the same, any gate held open: what codes contain by themselves."""
 
-SCALES = tuple(Knob("scale", v) for v in (0.9, 0.8, 0.6))
+SCALES = tuple(Knob("scale", v) for v in (1.4, 1.2, 0.9, 0.8, 0.6))
 FORMULAS = ("effect", "mean", "purity")
 EDIT_KNOBS = (
     FULL,
     *SCALES,
     *(Knob("atoms", v, f) for f in FORMULAS for v in (0.5, 0.25)),
     *(Knob("purity", v) for v in (0.4, 0.6)),
-    *(Knob("random", v) for v in (0.5,)),
+    Knob("random", 0.5),
 )
-
+"""Turned where one picture is edited; on methods without components, `SCALES` alone."""
 
 TOGETHER = tuple(
     Knob(name, v)
