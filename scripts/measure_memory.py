@@ -25,7 +25,7 @@ SUBJECT = "cow"
 PLAIN: dict[str, Any] = {"concept": SUBJECT, "class_noun": "animal face", "steps": 6, "unrelated_pictures": 16}
 SETTINGS: dict[str, dict[str, Any]] = {
     "as it is": {},
-    "8 rows and 8 unrelated ones": {"batch_size": 8, "unrelated_rows": 8},
+    "8 rows": {"batch_size": 8},
     "64 atoms": {"n_atoms": 64},
     "checkpointed gradients": {"gradient_checkpointing": True},
     "a running mean": {"ema": 0.9},

@@ -88,7 +88,7 @@ OPENED = "gate held open"
 def chosen(task: str, points: dict[str, dict[str, Any]], columns: tuple[str, ...]) -> str:
     """A table of some operating points of a comparison: by the name they get, the columns that tell them."""
     rows, command = rows_of(task)
-    summary = summarise(rows)
+    summary = summarise([row for row in rows if row.get("edit", "all") == "all"])
     entries = []
     for name, wanted in points.items():
         found = [e for e in summary if all(e.get(key) == value for key, value in wanted.items())]
@@ -126,6 +126,45 @@ def kept_table() -> str:
     return chosen("customization", points, ("similarity", "object_accuracy", "alignment"))
 
 
+def mixing_table() -> str:
+    points: dict[str, dict[str, Any]] = {"base": {"method": "base"}, "true pictures, decoded": {"method": "truth"}}
+    for method, name in (("lora", "LoRA"), ("atoms", "atoms")):
+        points |= {
+            f"{name}, sum": {"method": method, "knob": "full", "gate": True},
+            f"{name}, sum, subject x 1.2, style x 0.8": {"method": method, "knob": "balance", "knob_value": 1.2},
+            f"{name}, own words": {"method": method, "knob": "own-words", "knob_value": 1.0},
+            f"{name}, own words, subject x 0.8, style x 1.2": {
+                "method": method,
+                "knob": "own-balance",
+                "knob_value": 0.8,
+            },
+        }
+    return chosen("mixing", points, ("true_distance", "similarity", "object_accuracy", "style", "alignment"))
+
+
+def editing_table() -> str:
+    points: dict[str, dict[str, Any]] = {"base": {"method": "base"}, "true pictures, decoded": {"method": "truth"}}
+    for method, name in (("lora", "LoRA"), ("atoms", "atoms")):
+        points[name] = {"method": method, "knob": "full"}
+        points |= {f"{name} x {v}": {"method": method, "knob": "scale", "knob_value": v} for v in (1.4, 0.8)}
+        of = "LoRA's components" if method == "lora" else name
+        for share in (0.5, 0.25):
+            kept = {"method": method, "knob": "atoms", "formula": "effect", "knob_value": share}
+            points[f"{of}, {share:.0%} by effect"] = kept
+        points[f"{of}, half by purity"] = {"method": method, "knob": "atoms", "formula": "purity", "knob_value": 0.5}
+    points["LoRA, half by singular value"] = {"method": "lora", "knob": "svd", "knob_value": 0.5}
+    return chosen("editing-bare", points, ("similarity", "object_accuracy", "alignment", "style", "true_distance"))
+
+
+def memory_table() -> str:
+    rows, command = rows_of("doctor")
+    lines = ["| setting | estimated | counted | error |", "|---|---:|---:|---:|"]
+    for row in rows:
+        sizes = (f"{row[kind] / 2**20:.1f} MB" for kind in ("estimated", "counted"))
+        lines.append(f"| {row['setting']} | {' | '.join(sizes)} | {row['error']:+.1%} |")
+    return "\n".join([*lines, "", f"`{command}`"])
+
+
 def backbones_table() -> str:
     """A row a family; what is special is the first line of its file."""
     lines = ["| family | pipeline | default sites | times | target | |", "|---|---|---|---|---|---|"]
@@ -159,7 +198,8 @@ TABLES = {
         "kept": kept_table,
     },
     "docs/backbones.md": {"backbones": backbones_table},
-    "docs/training.md": {"reliability": reliability_table},
+    "docs/method.md": {"mixing": mixing_table, "editing": editing_table},
+    "docs/training.md": {"memory": memory_table, "reliability": reliability_table},
 }
 
 
