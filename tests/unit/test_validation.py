@@ -110,6 +110,8 @@ def test_samples_are_what_generate_makes_from_the_saved_file(go: Go, pipe: Any) 
     adapter = atomtune.load(pipe, run / "samples" / "adapter")
     again = atomtune.generate(pipe, ["a kite", "a house"], seed=0)
     adapter.remove()
+    base = atomtune.generate(pipe, ["a kite"], seed=0)[0]
+    assert not np.array_equal(np.asarray(again[0]), np.asarray(base)), "the adapter is not left out"
     for i, picture in enumerate(again):
         saved = Image.open(run / "samples" / f"step-000003-{i}.png")
         assert np.array_equal(np.asarray(saved), np.asarray(picture))
