@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -107,6 +108,7 @@ def test_train_atoms_prune_generate(train: Train, runs: Path, tmp_path: Path, ca
     assert out == ""
     assert f"atomtune generate {run}" in err
     assert "1 x layers.attn.to_q" in err, "what is adapted is told"
+    assert re.search(r" 2/3 \[\d\d:\d\d<\d\d:\d\d,", err), "and how long it will take"
     total = 4 * len(json.loads((run / "adapter_config.json").read_text())["sites"])
     assert f"{total} atoms in {run}" in err
     card = (run / "README.md").read_text()

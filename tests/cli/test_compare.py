@@ -18,7 +18,7 @@ def test_a_grid_is_measured_once_and_told(tmp_path: Path, capsys: pytest.Capture
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert out.startswith("# customization")
-    for column in ("similarity", "alignment", "drift", "hypervolume", "atoms", "ssf", "base"):
+    for column in ("similarity", "alignment", "drift", "bleed", "hypervolume", "atoms", "ssf", "base"):
         assert column in out
     stored = json.loads((tmp_path / "results/customization.json").read_text())
     methods = {row["method"] for row in stored["rows"]}

@@ -1,6 +1,7 @@
 """`atomtune doctor` and `train --dry-run`: what a run would meet, told before it starts."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,9 @@ def test_pictures_and_captions_worth_a_look_are_told(data: Path, told: Told, tmp
     code, report = told("--sheet", str(tmp_path / "sheet.png"))
     assert (code, report["problems"]) == (0, [])
     assert any("caption of 0.png is longer than the base reads" in line for line in report["warnings"])
+    lost = report["pictures"][0]["lost"]
+    assert lost
+    assert (data / "0.txt").read_text().strip().endswith(lost)
     assert any("enlarged: tiny.png" in line for line in report["warnings"])
     assert report["memory"]["phases"]["a step"] > report["memory"]["weights"] > 0
     with Image.open(tmp_path / "sheet.png") as sheet:
@@ -66,10 +70,14 @@ def test_where_no_picture_is_left_the_reasons_are_counted(data: Path, told: Told
 def test_a_dry_run_trains_and_writes_nothing(
     data: Path, tmp_path: Path, bases: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Complaint 4: nobody saw which captions were read; here each picture's, and where it is from."""
     out = tmp_path / "run"
     arguments = ["train", "--data", str(data), "--out", str(out), "--base", str(bases["lumina2"])]
     assert main([*arguments, "--concept", "kite", "--n-atoms", "2", "--steps", "4", "--dry-run"]) == 0
-    assert "Nothing would stop the run." in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "Nothing would stop the run." in told
+    for i in range(3):
+        assert re.search(rf"^{i}\.png .* {(data / f'{i}.txt').read_text()} \(sidecar\)$", told, re.MULTILINE)
     assert not out.exists()
     assert list(tmp_path.iterdir()) == [data]
     assert main([*arguments, "--concept", "cow", "--dry-run"]) == 1

@@ -1,11 +1,14 @@
 """The repository keeps its promises: no traces of a machine, links that resolve, pins, one way to test."""
 
+import ast
 import dataclasses
+import importlib.metadata
 import itertools
 import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -148,6 +151,37 @@ def test_every_direct_dependency_is_pinned() -> None:
     wanted = itertools.chain(project()["dependencies"], *project()["optional-dependencies"].values())
     names = {re.split(r"[^A-Za-z0-9._-]", line)[0].lower().replace("_", "-") for line in wanted}
     assert names - {"atomtune"} <= set(pins())
+
+
+def outer_imports(tree: ast.Module) -> set[str]:
+    """Packages that a module needs to be imported at all: those of its functions, and those that may fail, left out."""
+    inner = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.Try)
+    found, waiting = set[str](), [*ast.iter_child_nodes(tree)]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found.add(str(node.module))
+        elif not isinstance(node, inner) and "TYPE_CHECKING" not in ast.unparse(getattr(node, "test", node))[:40]:
+            waiting += ast.iter_child_nodes(node)
+    return {name.partition(".")[0] for name in found}
+
+
+def test_nothing_optional_is_needed_to_import_the_package() -> None:
+    """Complaint 50: an optional GPU package breaks the install."""
+    packages = importlib.metadata.packages_distributions()
+    needed = {re.split(r"[^a-z0-9-]", line)[0] for line in project()["dependencies"]}
+    asked = {
+        name: str(path.relative_to(ROOT))
+        for path in files()
+        if path.suffix == ".py" and path.is_relative_to(SOURCE)
+        for name in outer_imports(ast.parse(text_of(path) or ""))
+    }
+    outside = asked.keys() - sys.stdlib_module_names - {"atomtune"}
+    assert {"torch", "PIL"} <= outside
+    ours = {name for name in outside if needed & {d.lower().replace("_", "-") for d in packages.get(name, ())}}
+    assert {name: asked[name] for name in outside - ours} == {}
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="needs make")

@@ -1,13 +1,22 @@
-"""What is told before a run: all problems of the data at once, and pictures that are the same."""
+"""What is told before a run: all problems of the data at once, pictures that are the same, and memory."""
 
+import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
+import pytest
+import tiny_runs
 from PIL import Image
 
+from atomtune.backbones import backbone_of
 from atomtune.data.folder import scan, survey
 from atomtune.data.twins import Twins, twins
-from atomtune.training.memory import carried, tried
+from atomtune.training.loop import attach_atoms
+from atomtune.training.memory import Trial, carried, tried
+from atomtune.tuner import remove_adapter
+
+OPTIONS = dataclasses.replace(tiny_runs.OPTIONS, sites=None)
 
 
 def test_all_problems_are_told_at_once(kites: Path, tmp_path: Path) -> None:
@@ -32,6 +41,20 @@ def test_equal_and_nearly_equal_pictures_are_named(kites: Path, tmp_path: Path) 
     assert (near.first, near.second) == ("1.png", "near.jpg")
     assert near.distance is not None
     assert near.distance <= 6
+
+
+def test_small_steps_foretell_what_a_step_of_full_size_holds(pipes: dict[str, Any]) -> None:
+    """Complaint 40: the recipe runs out of memory. What is tried is smaller, what is told is the full size."""
+    pipe = pipes["sd3"]
+    attach_atoms(pipe, backbone_of(pipe), OPTIONS)
+    try:
+        trial = Trial(pipe, backbone_of(pipe), OPTIONS, ["a kite", "a house"])
+        with trial.prepared():
+            points = [(side**2, trial.step(side)) for side in tried(64, 16)]
+            assert points[-1][0] < 64**2
+            assert carried(points, 64**2, bends=True) == pytest.approx(trial.step(64), rel=0.15)
+    finally:
+        remove_adapter(pipe.transformer)
 
 
 def test_what_grows_with_the_area_is_carried_on() -> None:

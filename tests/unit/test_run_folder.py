@@ -8,15 +8,19 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_runs import at_step, log, press_ctrl_c, same, tensors
 
+from atomtune.backbones import base_name
 from atomtune.errors import UserError
 from atomtune.training import run_folder
 from atomtune.training.options import TrainOptions
 from atomtune.training.pace import Pace
+from atomtune.tuner import fingerprint
 
 Go = Callable[..., Path]
 
@@ -122,6 +126,19 @@ def test_status_says_how_a_run_ended_and_config_what_it_was(go: Go, kites: Path)
     assert config.pop("data") == str(kites)
     assert config.pop("base")
     assert TrainOptions.from_dict(config) == TrainOptions.from_json((run / "options.json").read_text())
+
+
+def test_a_run_says_what_it_is_without_its_base(go: Go, pipe: Any, kites: Path) -> None:
+    """Complaint 39: the file tells neither its base nor the words that call it."""
+    run = go(steps=1)
+    held = json.loads((run / "adapter_config.json").read_text())
+    assert held["base_model_name_or_path"] == base_name(pipe)
+    assert held["base_fingerprint"] == fingerprint(pipe.transformer)
+    assert held["atomtune_version"] == version("atomtune")
+    assert "| concept | kite |" in (run / "README.md").read_text()
+    assert tomllib.loads((run / "config.toml").read_text())["concept"] == "kite"
+    captions = {entry["caption"] for entry in json.loads((run / "data.json").read_text()).values()}
+    assert captions == {path.read_text() for path in kites.glob("*.txt")}
 
 
 def test_a_run_that_is_being_trained_is_left_alone_and_a_dead_one_is_recognised(tmp_path: Path) -> None:

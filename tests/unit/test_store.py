@@ -3,6 +3,7 @@ import os
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,39 @@ def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         save(adapted(), folder)
     assert torch.equal(adapted_from(folder)(X), old)
     assert sorted(p.name for p in folder.parent.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize("spoil", [lambda t: t[:0], torch.zeros_like], ids=["empty", "zeros"])
+def test_what_was_written_is_read_back_before_it_counts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Tensor], Tensor]
+) -> None:
+    """Complaint 32: the saved adapter is an empty file."""
+    old, write = adapted_from(folder)(X), module._write_tensors
+
+    def wrong(tensors: dict[str, Tensor], path: Path, **more: str) -> None:
+        write({key: spoil(tensor) for key, tensor in tensors.items()}, path, **more)
+
+    monkeypatch.setattr(module, "_write_tensors", wrong)
+    with pytest.raises(UserError, match=r"read back differs.* is untouched"):
+        save(adapted(), folder)
+    assert torch.equal(adapted_from(folder)(X), old)
+
+
+def test_what_cannot_be_cleaned_up_is_no_failure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Complaint 31: clean-up fails and takes the run with it."""
+    model, remove = adapted(), os.rmdir
+
+    def busy(path: Any, **more: Any) -> None:
+        if str(path).endswith(".previous"):
+            raise OSError(39, "Directory not empty")
+        remove(path, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", busy)
+        save(model, folder)
+        assert torch.equal(adapted_from(folder)(X), model(X))
+    save(model, folder)
+    assert [p.name for p in folder.parent.iterdir()] == ["run"]
 
 
 def test_nan_weights_are_not_saved(folder: Path) -> None:

@@ -195,6 +195,41 @@ def test_a_killed_run_encodes_only_the_rest(pipe: Any, ready: Callable[..., Mate
     assert spy.counted()[0] == 2
 
 
+def test_a_broken_picture_stops_before_anything_is_encoded(
+    pipe: Any, ready: Callable[..., Material], data: Path
+) -> None:
+    """Complaint: one bad picture kills caching after hours."""
+    spy, whole = Spy(pipe), (data / "4.png").read_bytes()
+    (data / "4.png").write_bytes(whole[:-200])
+    with pytest.raises(UserError, match=r"4\.png \(cannot be decoded"):
+        ready(spy.backbone)
+    assert spy.counted() == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"), [("encode_pictures", r"0\.png"), ("encode_prompts", "the prompt 'kite, mended'")]
+)
+def test_what_a_precision_cannot_hold_is_named_with_it_and_not_kept(
+    pipe: Any, ready: Callable[..., Material], data: Path, kind: str, named: str
+) -> None:
+    """Complaints: NaN latents, and an intact picture gets the blame; NaN prompts from a cache."""
+    ready()
+    Image.new("RGB", (64, 64), (9, 9, 9)).save(data / "0.png")
+    (data / "0.txt").write_text("kite, mended")
+    plain = backbone_of(pipe)
+
+    def overflows(pipe: Any, given: Any) -> Any:
+        found = getattr(plain, kind)(pipe, given)
+        values = found.values() if isinstance(found, dict) else (found,)
+        spoilt = [v.half() * float("inf") if v.is_floating_point() else v for v in values]
+        return dict(zip(found, spoilt, strict=True)) if isinstance(found, dict) else spoilt[0]
+
+    told = f"`dtype` must be .* in float16, .*{named} becomes NaN or infinite, through no fault .* --dtype float32"
+    with pytest.raises(UserError, match=told):
+        ready(dataclasses.replace(plain, **{kind: overflows}))
+    assert ready().latents.isfinite().all()
+
+
 def test_unrelated_pictures_are_painted_and_kept_a_few_at_a_time(
     pipe: Any, ready: Callable[..., Material], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from accelerate import PartialState
 from tiny_runs import OPTIONS, at_step, log, press_ctrl_c, pull_the_plug, same, tensors
 from torch import Tensor
 
@@ -124,6 +125,23 @@ def test_a_resumed_run_keeps_its_options_and_says_so(go: Callable[..., Path], ca
 def test_only_the_newest_checkpoints_stay(go: Callable[..., Path]) -> None:
     run = go(keep_checkpoints=2)
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 1), (1, 3), (2, 2)])
+def test_the_learning_rate_counts_optimizer_steps_alone(
+    go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, processes: int, accumulation: int
+) -> None:
+    """Complaint 18: several processes, of which this is the first, or accumulation stretch the schedule."""
+    real, rates = Run._update, []
+
+    def update(self: Run, step: int) -> None:
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        real(self, step)
+
+    monkeypatch.setattr(Run, "_update", update)
+    monkeypatch.setitem(PartialState(cpu=True)._shared_state, "num_processes", processes)
+    go(steps=4, lr=0.5, floor=0.2, contain=0.0, grad_accumulation=accumulation)
+    assert rates == [0.5 * schedule(step, 4, floor=0.2) for step in range(4)]
 
 
 # ------------------------------------------------------------------------------------------------ what stops
@@ -347,6 +365,16 @@ def test_validation_pictures_are_written_and_a_raising_sampler_is_only_a_warning
     out, err = capsys.readouterr()
     assert "warning: validation pictures at step 2 failed: TypeError: no such argument" in err
     assert out == ""
+
+
+def test_a_checkpoint_is_written_before_pictures_are_painted(
+    go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, runs: Path
+) -> None:
+    """Complaint 31, where nothing can be caught: the process dies while it paints."""
+    monkeypatch.setattr(loop, "generate", lambda *_, **__: pull_the_plug())
+    with pytest.raises(KeyboardInterrupt):
+        go(sample_every=2)
+    assert checkpoints.newest(next(runs.glob("test_a_checkpoint_is_written*")))[0] == 2  # type: ignore[index]
 
 
 def test_sampling_does_not_change_the_training(go: Callable[..., Path]) -> None:

@@ -86,6 +86,15 @@ def test_the_best_step_is_the_runs_adapter_and_the_last_is_kept(
     assert len(log(run)) == 4, "a run that was stopped early is over"
 
 
+def test_every_validation_tells_how_far_unrelated_pictures_drift(go: Go) -> None:
+    """Complaint 45: every face turns into the trained one, and no number says so."""
+    for row in log(go(steps=4, lr=0.2, validate_every=2)):
+        assert ("validation_drift" in row) == (row["step"] % 2 == 0)
+        if row["step"] % 2 == 0:
+            assert row["validation_drift"] > 0
+            assert row["validation_score"] == pytest.approx(row["validation_loss"] + row["validation_drift"], abs=2e-6)
+
+
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_step_sample_validate_step_in_every_precision(go: Go, precision: str) -> None:
     """Complaint 17: fp16 dies on unscaling after a validation."""
@@ -101,6 +110,8 @@ def test_samples_are_what_generate_makes_from_the_saved_file(go: Go, pipe: Any) 
     adapter = atomtune.load(pipe, run / "samples" / "adapter")
     again = atomtune.generate(pipe, ["a kite", "a house"], seed=0)
     adapter.remove()
+    base = atomtune.generate(pipe, ["a kite"], seed=0)[0]
+    assert not np.array_equal(np.asarray(again[0]), np.asarray(base)), "the adapter is not left out"
     for i, picture in enumerate(again):
         saved = Image.open(run / "samples" / f"step-000003-{i}.png")
         assert np.array_equal(np.asarray(saved), np.asarray(picture))

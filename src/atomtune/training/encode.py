@@ -79,7 +79,11 @@ class Encoder:
         return _joined([self._conditioning(list(prompts[i : i + 32])) for i in range(0, len(prompts), 32)])
 
     def _conditioning(self, prompts: list[str]) -> Conditioning:
-        return self.backbone.encode_prompts(self.pipe, prompts)
+        found = self.backbone.encode_prompts(self.pipe, prompts)
+        for value in found.values():
+            for i, row in enumerate(value):
+                _check_finite(row, f"the prompt {prompts[i]!r}")
+        return found
 
     def latents(self, sample: Sample, size: Size, view: View = WHOLE) -> Tensor:
         """One picture, a batch of its own."""
@@ -117,8 +121,7 @@ class Encoder:
 
     def _encoded(self, pixels: Tensor, name: str) -> dict[str, Tensor]:
         latents = self.backbone.encode_pictures(self.pipe, pixels.to(self.device))
-        if not latents.isfinite().all():
-            raise UserError(f"{name} gives latents that are not finite in {latents.dtype}. Use fp32.")
+        _check_finite(latents, name)
         return {"latents": latents.contiguous()}
 
     def bucket(
@@ -194,6 +197,15 @@ def _shares(
     fitted = [fit(picture.convert("RGB"), size, view) for picture, view in zip(pictures, views, strict=True)]
     pixels = torch.stack([to_tensor(picture)[0] for picture in fitted])
     return nn.functional.adaptive_avg_pool2d((pixels[:, None] + 1) / 2, grid).flatten(1).clamp(0, 1)
+
+
+def _check_finite(encoded: Tensor, name: str) -> None:
+    if not encoded.isfinite().all():
+        kind = str(encoded.dtype).removeprefix("torch.")
+        raise UserError(
+            f"`dtype` must be one in which the base can encode: in {kind}, {name} becomes NaN or infinite, through no "
+            "fault of its own. Give --dtype float32 or, if it was that, another base."
+        )
 
 
 def _joined(parts: Sequence[Conditioning]) -> Conditioning:

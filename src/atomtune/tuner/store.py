@@ -166,7 +166,7 @@ def recover(folder: Path) -> None:
     for entry in previous.iterdir():
         if entry.name not in _OURS and not (folder / entry.name).exists():
             os.rename(entry, folder / entry.name)
-    shutil.rmtree(previous)
+    shutil.rmtree(previous, ignore_errors=True)  # what can't be removed is no reason to fail: the new one is in place
 
 
 def previous_of(folder: Path) -> Path:
