@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from measure_scale import MODELS, error_on_largest, projected
+
 from atomtune.backbones import BACKBONES, unet
 from atomtune.backbones.noising import scheduled
 from atomtune.cli import COMMANDS
@@ -165,6 +167,49 @@ def memory_table() -> str:
     return "\n".join([*lines, "", f"`{command}`"])
 
 
+def scale_measured() -> str:
+    """Time and memory as multiples of the base's own step, at the most tokens."""
+    rows, command = rows_of("scale")
+    most = max(row["tokens"] for row in rows)
+    sizes = {(r["layers"], r["width"]): r["weights"] for r in rows}
+    methods = [name for name in dict.fromkeys(row["method"] for row in rows) if name != "base"]
+    lines = [f"| model | {' | '.join(methods)} |", f"|---|{'---:|' * len(methods)}"]
+    for (layers, width), weights in sizes.items():
+        found = {r["method"]: r for r in rows if (r["layers"], r["width"], r["tokens"]) == (layers, width, most)}
+        base = found["base"]
+        shares = [
+            f"{found[m]['seconds'] / base['seconds']:.2f}, {found[m]['bytes'] / base['bytes']:.2f}" for m in methods
+        ]
+        lines.append(f"| {layers} layers of {width}: {weights / 1e6:.0f}M | {' | '.join(shares)} |")
+    return "\n".join([*lines, "", f"`{command}`"])
+
+
+def scale_projected() -> str:
+    """What models that were not measured should need, and how well the fit does where it can be told."""
+    rows, _ = rows_of("scale")
+    lines = [
+        "| model | atoms a site | trained | a step takes longer by | memory beside the base |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for model in MODELS:
+        for atoms in (16, 64, 256):
+            found = projected(rows, model, atoms)
+            cells = (f"{found['trained'] / 1e6:.0f}M", f"{found['slower']:.1%}", f"{found['bytes'] / 1e9:.1f} GB")
+            lines.append(f"| {model} | {atoms} | {' | '.join(cells)} |")
+    errors = {name: error_on_largest(rows, measure) for name, measure in (("time", "seconds"), ("memory", "bytes"))}
+    told = "; ".join(f"{name} {median:.0%}, at most {most:.0%}" for name, (median, most) in errors.items())
+    return "\n".join([*lines, "", f"Error on the widest measured model, by a fit of the others, median: {told}."])
+
+
+def many_table() -> str:
+    rows, command = rows_of("many")
+    lines = ["| | one by one | together | gain |", "|---|---:|---:|---:|"]
+    for row in rows:
+        gain = row["alone"] / row["together"]
+        lines.append(f"| {row['what']} | {row['alone']:.1f} s | {row['together']:.1f} s | {gain:.2f} x |")
+    return "\n".join([*lines, "", f"`{command}`"])
+
+
 def backbones_table() -> str:
     """A row a family; what is special is the first line of its file."""
     lines = ["| family | pipeline | default sites | times | target | |", "|---|---|---|---|---|---|"]
@@ -199,6 +244,7 @@ TABLES = {
     },
     "docs/backbones.md": {"backbones": backbones_table},
     "docs/method.md": {"mixing": mixing_table, "editing": editing_table},
+    "docs/scale.md": {"measured": scale_measured, "projected": scale_projected, "many": many_table},
     "docs/training.md": {"memory": memory_table, "reliability": reliability_table},
 }
 
