@@ -133,15 +133,12 @@ def mixing_table() -> str:
     for method, name in (("lora", "LoRA"), ("atoms", "atoms")):
         points |= {
             f"{name}, sum": {"method": method, "knob": "full", "gate": True},
-            f"{name}, sum, subject x 1.2, style x 0.8": {"method": method, "knob": "balance", "knob_value": 1.2},
-            f"{name}, own words": {"method": method, "knob": "own-words", "knob_value": 1.0},
-            f"{name}, own words, subject x 0.8, style x 1.2": {
-                "method": method,
-                "knob": "own-balance",
-                "knob_value": 0.8,
-            },
+            f"{name}, sum, subject x 1.2": {"method": method, "knob": "strong"},
+            f"{name}, own words": {"method": method, "knob": "own-words", "knob_value": 0.3},
+            f"{name}, own words, subject x 1.2": {"method": method, "knob": "own-strong"},
+            f"{name}, own words to the end": {"method": method, "knob": "own-words", "knob_value": 0.0},
         }
-    return chosen("mixing", points, ("true_distance", "similarity", "object_accuracy", "style", "alignment"))
+    return chosen("mixing", points, ("true_distance", "similarity", "object_accuracy", "style", "both"))
 
 
 def editing_table() -> str:

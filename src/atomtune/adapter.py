@@ -13,6 +13,7 @@ from atomtune import atoms as _atoms
 from atomtune import tuner
 from atomtune.atoms import Atom, Density, Statistics
 from atomtune.errors import UserError
+from atomtune.own_words import UNTIL
 from atomtune.own_words import own_words as reading_own_words
 from atomtune.steering import Steer, steered
 from atomtune.tuner.mixture import is_mixture, saved_parts
@@ -76,6 +77,7 @@ class Adapter:
         purity: float = 0.0,
         contain: float = 0.0,
         own_words: OwnWords | None = None,
+        own_until: float = UNTIL,
     ) -> Iterator[Self]:
         """Turn the dials for a while.
 
@@ -85,7 +87,8 @@ class Adapter:
         adapter, or a table of single atoms by name, which `atoms` is too. `steer`: strengths that hold at some times,
         places or words (of a mixture also by part); all of them multiply. `contain`: an atom fires only where its code
         is above this share of the most that it reached on unrelated pictures; at 1 it is silent on all of those.
-        `own_words`: codes on the picture are read as if the prompt said these words instead; of a mixture, by part.
+        `own_words`: codes on the picture are read as if the prompt said these words instead, down to the time
+        `own_until` (1 is noise, 0 the picture); of a mixture, by part.
         """
         whole, single = (1.0, strength) if isinstance(strength, dict) else (strength, {})
         if not math.isfinite(whole):
@@ -97,14 +100,14 @@ class Adapter:
             stack.enter_context(_atoms.strengths(self.pipe, scaled, self.name))
             stack.enter_context(self.steered(steer, ranked))
             stack.enter_context(self.contained(contain))
-            stack.enter_context(self.worded(own_words or {}))
+            stack.enter_context(self.worded(own_words or {}, own_until))
             yield self
 
-    def worded(self, own_words: OwnWords) -> AbstractContextManager[None]:
+    def worded(self, own_words: OwnWords, until: float = UNTIL) -> AbstractContextManager[None]:
         """Inside, its codes on the picture are read with these words of its own in the prompt's place."""
         if any(isinstance(own, Mapping) for own in own_words.values()):
             raise UserError(f"`own_words` by part is for mixtures, and {self.name} is none. Give one table of words.")
-        return reading_own_words(self.pipe, cast("Mapping[str, str]", own_words), self.name)
+        return reading_own_words(self.pipe, cast("Mapping[str, str]", own_words), self.name, until)
 
     def steered(self, steer: Steering, ranked: Sequence[Atom]) -> AbstractContextManager[None]:
         """Inside, the steers hold for its atoms, `ranked`."""

@@ -24,6 +24,7 @@ from atomtune.backbones import backbone_of, denoiser, placed
 from atomtune.data.picture import to_tensor
 from atomtune.errors import UserError
 from atomtune.files import write_whole
+from atomtune.own_words import UNTIL
 from atomtune.sampling import generate
 from atomtune.tuner.mixture import MIXTURE, check_parts, merge_parts, same_base
 from atomtune.tuner.store import read
@@ -86,7 +87,7 @@ class Mixture(Adapter):
             yield
 
     @contextmanager
-    def worded(self, own_words: OwnWords) -> Iterator[None]:
+    def worded(self, own_words: OwnWords, until: float = UNTIL) -> Iterator[None]:
         """Inside, each of these parts reads words of its own."""
         for name, own in own_words.items():
             if name not in self.parts or not isinstance(own, Mapping):
@@ -94,7 +95,7 @@ class Mixture(Adapter):
                 raise UserError(f"`own_words` of a mixture must be tables by part ({parts}), got {name!r}: {own!r}.")
         with ExitStack() as stack:
             for name, own in own_words.items():
-                stack.enter_context(self.parts[name].worded(cast("Mapping[str, str]", own)))
+                stack.enter_context(self.parts[name].worded(cast("Mapping[str, str]", own), until))
             yield
 
     def keep(self, left: Sequence[Atom]) -> int:

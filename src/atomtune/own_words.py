@@ -22,13 +22,18 @@ from atomtune.errors import UserError, did_you_mean
 from atomtune.steering import listening
 from atomtune.tuner import assigned, atom_layers, record, unwrap
 
+UNTIL = 0.3
+"""Until which time own words hold, where nothing is said: later only the look of a thing changes (LOG.md)."""
+
 _READING: ContextVar[bool] = ContextVar("reading", default=False)
 """Whether this forward is one that only reads codes."""
 
 
 @contextmanager
-def own_words(pipe: Any, instead: Mapping[str, str], adapter: str = "default") -> Iterator[None]:
+def own_words(pipe: Any, instead: Mapping[str, str], adapter: str = "default", until: float = UNTIL) -> Iterator[None]:
     """Inside, the adapter's codes on picture tokens are those of the prompt with `instead`: {"sepia": "photo"}.
+
+    From noise (s = 1) down to s = `until`; then the prompt has all, which is when a style settles.
 
     Words are replaced wherever the prompts that the pipeline encodes say them, in any case; an empty text takes them
     out. Codes on prompt tokens and the prompt gate stay the prompt's. A forward costs two. Raises UserError when a
@@ -37,6 +42,8 @@ def own_words(pipe: Any, instead: Mapping[str, str], adapter: str = "default") -
     if not instead:
         yield
         return
+    if not 0 <= until < 1:
+        raise UserError(f"`own_until` must be at least 0, the whole way, and below 1, got {until}.")
     for said, own in instead.items():
         if not said.strip() or not isinstance(own, str):
             raise UserError(f"`own_words` must map words of the prompt to others, got {said!r}: {own!r}.")
@@ -64,10 +71,11 @@ def own_words(pipe: Any, instead: Mapping[str, str], adapter: str = "default") -
         spoken, conditioning = known.get(embeds[0].shape[-1], (None, None))
         if spoken is None or conditioning is None:
             raise UserError("`own_words` needs the prompt's text: let the pipeline encode it inside.")
-        at = torch.tensor([_find(one, spoken) for one in embeds])
+        early = heard.s > until - 1e-4  # more than the rounding of a clock
+        at = torch.tensor([_find(one, spoken) if now else -1 for one, now in zip(embeds, early, strict=True)])
         for layer in layers.values():
             layer.replaced.pop(adapter, None)
-        if (at < 0).all():  # the branch without words
+        if (at < 0).all():  # late, or the branch without words
             return
         own = _told(told, select(conditioning, at.clamp(min=0)))
         token = _READING.set(True)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from pipelines import FAMILIES, SIZE, Family
-from test_steering import EITHER, PROMPTS, adapt, lent
+from test_steering import EITHER, PROMPTS, adapt, lent, predict
 from torch import Tensor
 
 import atomtune
@@ -81,6 +81,17 @@ def test_its_own_prompt_changes_nothing_and_no_trace_is_left(adapter: Adapter) -
     assert not torch.allclose(other, plain, atol=1e-3)
     assert torch.equal(torch.stack(paint()), plain)
     assert not any(layer.replaced for layer in atom_layers(adapter.pipe).values())
+
+
+def test_it_holds_from_noise_down_to_its_time(adapter: Adapter) -> None:
+    prompts, times = PROMPTS[:2], (0.51, 0.49)
+    plain = predict(adapter.pipe, prompts, *times)
+    with adapter.using(own_words={"kite": "horse"}, own_until=0.5):
+        found = predict(adapter.pipe, prompts, *times)
+    assert torch.allclose(found[1], plain[1], atol=1e-5)
+    assert not torch.allclose(found[0], plain[0], atol=1e-3)
+    with pytest.raises(UserError, match="`own_until` must be at least 0, the whole way, and below 1, got 1"):
+        adapter.using(own_words={"kite": "horse"}, own_until=1.0).__enter__()
 
 
 def test_it_stands_beside_steers_strengths_and_recordings(adapter: Adapter) -> None:

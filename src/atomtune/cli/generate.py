@@ -44,6 +44,8 @@ class Command:
     own_words: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="[PART:]SEPIA=PHOTO")] = ()
     """Where the prompt says the first, the adapter's codes are read as if it said the second, a word that its captions
     had; nothing takes it out. Twice the time. Of a mixture, give the part; may be given several times."""
+    own_until: float = 0.3
+    """Until which time own words hold: 1 is noise, 0 the picture. Lower is more of the subject, less of the prompt."""
     contain: float = 0.0
     """How contained atoms are: each fires only above this share of what it reached on unrelated pictures; 0 to 1."""
     steps: int | None = None
@@ -62,7 +64,7 @@ class Command:
         from atomtune.cli.common import open_adapter, parse_density
         from atomtune.sampling import save_pictures
 
-        dials = self._dials() | {"own_words": self._own_words()}
+        dials = self._dials() | {"own_words": self._own_words(), "own_until": self.own_until}
         adapter = open_adapter(self.adapter, self.base, self.allow_other_base, self.device)
         for name, value in dials.get("atoms", {}).items():
             print(f"{adapter.atoms[name].title} at {value:g}", file=sys.stderr)

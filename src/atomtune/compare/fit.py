@@ -136,10 +136,10 @@ class Tuned:
         given = backbone_of(self.pipe).encode_prompts(self.pipe, list(prompts))
         return bool((read_gates(denoiser(self.pipe), given)[self.adapter.name] == 1).all())
 
-    def reading(self, own_words: Mapping[str, str]) -> AbstractContextManager[None]:
-        """Inside, codes are read in words of its own."""
+    def reading(self, own_words: Mapping[str, str], until: float) -> AbstractContextManager[None]:
+        """Inside, codes are read in words of its own, down to a time."""
         assert self.adapter is not None
-        return self.adapter.worded(own_words)
+        return self.adapter.worded(own_words, until)
 
     def remove(self) -> None:
         """The pipeline is the base again."""

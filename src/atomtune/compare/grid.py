@@ -31,8 +31,8 @@ COLUMNS = {
     "style": ("similarity", "object_accuracy", "alignment", "drift", "inner_leak", "silence"),
     "editing": ("similarity", "object_accuracy", "alignment", "true_distance"),
     "editing-bare": ("similarity", "object_accuracy", "alignment", "true_distance"),
-    "mixing": ("similarity", "object_accuracy", "alignment", "true_distance"),
-    "both": ("similarity", "object_accuracy", "alignment", "true_distance"),
+    "mixing": ("true_distance", "similarity", "object_accuracy", "style", "both"),
+    "both": ("true_distance", "similarity", "object_accuracy", "other"),
 }
 """What the table of a task shows."""
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +43,20 @@ EDIT_KNOBS = (
 )
 """Turned where one picture is edited; on methods without components, `SCALES` alone."""
 
-TOGETHER = tuple(
-    Knob(name, v)
-    for name, values in (
-        ("scale", (0.8, 0.6)),
-        ("balance", (0.8, 1.2)),
-        ("own-words", (1.0, 0.8)),
-        ("own-balance", (0.8, 1.2)),
-    )
-    for v in values
-)
-"""Turned on two adapters at once: both alike, or the first to a strength and the second to 2 less that; with `own`,
-codes are read in words of their own (a subject's in the style in which it was learned; of two subjects, each with the
-other's class noun), which needs components."""
+TOGETHER: dict[Knob, tuple[float, float, float | None]] = {
+    FULL: (1.0, 1.0, None),
+    Knob("scale", 0.8): (0.8, 0.8, None),
+    Knob("scale", 0.6): (0.6, 0.6, None),
+    Knob("balance", 0.8): (0.8, 1.2, None),
+    Knob("balance", 1.2): (1.2, 0.8, None),
+    Knob("strong", 1.2): (1.2, 1.0, None),
+    Knob("own-words", 0.0): (1.0, 1.0, 0.0),
+    Knob("own-words", 0.3): (1.0, 1.0, 0.3),
+    Knob("own-strong", 0.3): (1.2, 1.0, 0.3),
+}
+"""Turned on two adapters at once: strengths of the first and the second, and until when codes are read in words of
+their own (a subject's in the style in which it was learned; of two subjects, each with the other's class noun). None:
+they are not; reading them needs components."""
 
 
 def work(cell: Cell, folder: Path) -> list[Row]:
@@ -269,18 +269,17 @@ def _together(
         _tuned(cell, studio, lesson).remove()
     first, second = (_tuned(cell, studio, lesson, name) for lesson, name in zip(lessons, ("a", "b"), strict=True))
     activate(unwrap(studio.pipe), "a", "b")
-    gates, strength = _gates(first), functools.partial(Knob, "scale")
-    points = [(FULL, gate) for gate in gates] + [(knob, gates[0]) for knob in TOGETHER]
-    for knob, gate in points if first.adapter is not None else [p for p in points if not p[0].name.startswith("own")]:
-        other = 2 - knob.value if knob.name.endswith("balance") else knob.value
-        with ExitStack() as stack:
-            stack.enter_context(_at(first, strength(knob.value), gate))
-            stack.enter_context(_at(second, strength(other), gate))
-            if knob.name.startswith("own"):
+    for knob, (strength, other, until) in TOGETHER.items():
+        if until is not None and first.adapter is None:
+            continue
+        for gate in _gates(first) if knob == FULL else _gates(first)[:1]:
+            with ExitStack() as stack:
+                stack.enter_context(_at(first, Knob("scale", strength), gate))
+                stack.enter_context(_at(second, Knob("scale", other), gate))
                 for tuned, words in zip((first, second), own_words, strict=True):
-                    stack.enter_context(tuned.reading(words))
-            pictures = studio.paint(asks, noise)
-        yield first.facts | _knob(knob, gate) | tasks.score(pictures, asks, None)
+                    stack.enter_context(nullcontext() if until is None else tuned.reading(words, until))
+                pictures = studio.paint(asks, noise)
+            yield first.facts | _knob(knob, gate) | tasks.score(pictures, asks, None)
 
 
 MEASURES: dict[str, Callable[[Cell, Studio], Iterator[Row]]] = {

@@ -45,6 +45,7 @@ MEASURES = {
     "size_right": Measure("size right", 1, ".0%"),
     "style": Measure("style right", 1, ".0%"),
     "style_change": Measure("style changed", 1, ".0%"),
+    "both": Measure("object and style right", 1, ".0%"),
     "other": Measure("other object right", 1, ".0%"),
     "drift": Measure("drift", -1, ".4f"),
     "pixel_drift": Measure("pixel drift", -1, ".4f"),

@@ -273,6 +273,8 @@ def score(pictures: Sequence[Image.Image], asks: Sequence[Ask], learned: str | N
             row["other"] = seen[1 - ask.at]["named"]
         row["alignment"] = float(np.mean(list(row.values())))
         row["object_accuracy"] = mine["named"]
+        if learned is None:
+            row["both"] = mine["styled"] * mine["named"]
         if learned in (None, thing.style):
             row["similarity"] = mine["similarity"]
         else:
