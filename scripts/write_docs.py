@@ -104,6 +104,7 @@ def customization_table() -> str:
     full = {"knob": "full", "gate": False}
     points = {
         "base": {"method": "base"},
+        "true pictures, decoded": {"method": "truth"},
         f"LoRA, {OPENED}": {"method": "lora", **full},
         "LoRA, contained by half": {"method": "lora", "knob": "contain", "knob_value": 0.5},
         "LoRA, contained": {"method": "lora", "knob": "contain", "knob_value": 1.0},
