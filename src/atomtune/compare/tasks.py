@@ -261,7 +261,8 @@ def score(pictures: Sequence[Image.Image], asks: Sequence[Ask], learned: str | N
     """Means over the pictures of what came out as asked; NaN where nothing was asked of that kind.
 
     `similarity` is over the asks in the learned style (None: all); `alignment` is the mean over pictures of the
-    attributes asked for: background, position, size, style, and a second object's name where there is one.
+    attributes asked for: background, position, size, style, and a second object's name where there is one; `both`,
+    object and style right in one picture, where no style was learned.
     """
     rows: list[dict[str, float]] = []
     for picture, ask in zip(arrays(pictures), asks, strict=True):
