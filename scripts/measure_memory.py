@@ -29,9 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "64 atoms": {"n_atoms": 64},
     "checkpointed gradients": {"gradient_checkpointing": True},
     "a running mean": {"ema": 0.9},
-    "every linear layer of a block": {
-        "sites": ("to_q", "to_k", "to_v", "to_out.0", "linear_1", "linear_2", "linear_3")
-    },
+    "attention and feed-forward": {"sites": ("to_q", "to_k", "to_v", "to_out.0", "linear_1", "linear_2", "linear_3")},
     "no gate, no silence": {"gate": False, "silence": 0.0, "contain": False},
 }
 
@@ -50,7 +48,7 @@ def main() -> None:
         estimated, counted = found["estimate"]["peak"], found["count"]["peak"]
         row = {"setting": name, "estimated": estimated, "counted": counted, "error": estimated / counted - 1}
         rows.append(row | {"phase": found["estimate"]["phase"]})
-        print(f"{name}: estimated {estimated / 2**20:.1f} MB, counted {counted / 2**20:.1f} MB", flush=True)
+        print(f"{name}: estimated {estimated / 2**20:.1f} MiB, counted {counted / 2**20:.1f} MiB", flush=True)
     command = " ".join(["python", f"scripts/{Path(__file__).name}", *sys.argv[1:]])
     write_result(given.out, command, rows, time.monotonic() - begin)
 

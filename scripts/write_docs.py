@@ -160,7 +160,7 @@ def memory_table() -> str:
     rows, command = rows_of("doctor")
     lines = ["| setting | estimated | counted | error |", "|---|---:|---:|---:|"]
     for row in rows:
-        sizes = (f"{row[kind] / 2**20:.1f} MB" for kind in ("estimated", "counted"))
+        sizes = (f"{row[kind] / 2**20:.1f} MiB" for kind in ("estimated", "counted"))
         lines.append(f"| {row['setting']} | {' | '.join(sizes)} | {row['error']:+.1%} |")
     return "\n".join([*lines, "", f"`{command}`"])
 
