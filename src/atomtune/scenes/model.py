@@ -38,7 +38,7 @@ def folder() -> Path:
 def pipeline(dtype: str = "float32") -> Lumina2Pipeline:
     """The embedded pipeline, its progress bar off."""
     # What optional parts say when they are first imported is no news to a user; nor that the autoencoder is a DC-AE.
-    noisy = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao")
+    noisy = ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers.torchao")
     with hushed(*noisy):
         import torch
         import transformers  # noqa: F401  sets its logger up, here and not under the next line
