@@ -80,14 +80,17 @@ class Command:
         """Words by what is read instead; where a part is named, by part."""
         from atomtune.errors import UserError
 
-        found: dict[str, Any] = {}
+        by_part: dict[str, dict[str, str]] = {}
         for given in self.own_words:
             words, sign, own = given.partition("=")
-            part, colon, said = words.rpartition(":")
-            if not sign or not said:
-                raise UserError(f"`own_words` must be WORDS=OTHERS, or PART:WORDS=OTHERS of a mixture, got {given!r}.")
-            (found.setdefault(part, {}) if colon else found)[said] = own
-        return found
+            part, _, said = words.rpartition(":")
+            mixed = bool(by_part) and ("" in by_part) != (part == "")
+            if not sign or not said or mixed:
+                raise UserError(
+                    f"`own_words` must be WORDS=OTHERS or, for a mixture, each time PART:WORDS=OTHERS, got {given!r}."
+                )
+            by_part.setdefault(part, {})[said] = own
+        return by_part.get("", by_part)
 
     def _dials(self) -> dict[str, Any]:
         """Arguments of `using`."""
