@@ -12,7 +12,7 @@ from atomtune.backbones import open_pipeline
 from atomtune.compare import tasks
 from atomtune.compare.cells import Cell
 from atomtune.compare.fit import COMPONENTS, Fit, Knob, Lesson, Tuned, obtain, singular
-from atomtune.compare.methods import REFERENCES, parse
+from atomtune.compare.methods import BASE, REFERENCES, parse
 from atomtune.compare.tasks import Ask, Studio
 from atomtune.editing.sweep import sweep
 from atomtune.scenes.world import CLASS_OF, Scene
@@ -157,8 +157,10 @@ def _learned(cell: Cell, studio: Studio, lesson: Lesson, asks: list[Ask], learne
     base_nouns = studio.base(nouns, CLASS_SEED) if nouns else []
     if cell.method in REFERENCES:
         pictures = studio.untrained(cell.method, asks, noise)
-        inner = tasks.inner_leak(neighbours, pictures[: len(pairs)], pairs)
-        yield tasks.score(pictures, asks, learned) | inner | {"drift": 0.0, "pixel_drift": 0.0, "silence": 1.0}
+        row = tasks.score(pictures, asks, learned) | {"drift": 0.0}
+        if cell.method == BASE:
+            row |= tasks.inner_leak(neighbours, pictures[: len(pairs)], pairs) | {"pixel_drift": 0.0, "silence": 1.0}
+        yield row
         return
     tuned = _tuned(cell, studio, lesson)
     same = tuned.gated and tuned.wide_open([a.words for a in asks])
