@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from PIL import Image
 
 import atomtune
 from atomtune.compare import tasks
-from atomtune.compare.results import write_result
+from atomtune.compare.results import script_command, write_result
 from atomtune.editing.options import TUNING, EditOptions
 from atomtune.editing.sweep import Edits, best, table
 from atomtune.explore.strips import save_edits
@@ -49,8 +48,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for subject in given.subjects:
         rows += of_subject(subject, given, options, training)
-    command = " ".join(["python", f"scripts/{Path(__file__).name}", *sys.argv[1:]])
-    write_result(given.results, command, rows, time.monotonic() - begin)
+    write_result(given.results, script_command(), rows, time.monotonic() - begin)
 
 
 def of_subject(subject: str, given: Any, options: EditOptions, training: Any) -> list[dict[str, Any]]:

@@ -10,14 +10,13 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import atomtune
 from atomtune.adapter import base_of
-from atomtune.compare.results import write_result
+from atomtune.compare.results import script_command, write_result
 from atomtune.measure.painting import density_curve
 
 DENSITIES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -46,8 +45,7 @@ def main() -> None:
         )
         rows += [{"subject": name} | row for row in curve]
         print(name, json.dumps(smoothness(curve)), flush=True)
-    command = " ".join(["python", f"scripts/{Path(__file__).name}", *sys.argv[1:]])
-    write_result(given.out, command, rows, time.monotonic() - begin)
+    write_result(given.out, script_command(), rows, time.monotonic() - begin)
 
 
 def smoothness(curve: list[dict[str, float]]) -> dict[str, float]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ import torch
 from measure_scale import processor_seconds
 
 import atomtune
-from atomtune.compare.results import write_result
+from atomtune.compare.results import script_command, write_result
 from atomtune.compare.tasks import SUBJECTS, subject_lesson
 from atomtune.serving import Server
 from atomtune.training.many import Job, train_many
@@ -39,8 +38,7 @@ def main() -> None:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         rows = list(measured(Path(folder), given))
-    command = " ".join(["python", f"scripts/{Path(__file__).name}", *sys.argv[1:]])
-    write_result(given.out, command, rows, time.monotonic() - begin)
+    write_result(given.out, script_command(), rows, time.monotonic() - begin)
 
 
 def measured(folder: Path, given: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -8,7 +8,6 @@ counted in a process of its own, on pictures of the embedded world; every cache 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from atomtune.compare.results import write_result
+from atomtune.compare.results import script_command, write_result
 from atomtune.compare.tasks import subject_lesson
 from atomtune.training.options import TrainOptions
 
@@ -49,8 +48,7 @@ def main() -> None:
         row = {"setting": name, "estimated": estimated, "counted": counted, "error": estimated / counted - 1}
         rows.append(row | {"phase": found["estimate"]["phase"]})
         print(f"{name}: estimated {estimated / 2**20:.1f} MiB, counted {counted / 2**20:.1f} MiB", flush=True)
-    command = " ".join(["python", f"scripts/{Path(__file__).name}", *sys.argv[1:]])
-    write_result(given.out, command, rows, time.monotonic() - begin)
+    write_result(given.out, script_command(), rows, time.monotonic() - begin)
 
 
 def _child(kind: str, name: str, folder: str, base: str) -> dict[str, Any]:
@@ -84,7 +82,7 @@ def count(name: str, folder: str, base: str) -> None:
 
 
 def _options(name: str) -> TrainOptions:
-    return dataclasses.replace(TrainOptions(), **PLAIN | SETTINGS[name])
+    return TrainOptions(**PLAIN | SETTINGS[name])
 
 
 if __name__ == "__main__":

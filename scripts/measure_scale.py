@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from diffusers import SD3Transformer2DModel
 from torch import nn
 
 from atomtune.backbones import BACKBONES
-from atomtune.compare.results import write_result
+from atomtune.compare.results import script_command, write_result
 from atomtune.training.memory import peak_of
 from atomtune.tuner import AtomConfig, attach
 
@@ -48,17 +48,17 @@ def main() -> None:
     torch.set_num_threads(1)
     begin = time.monotonic()
     rows = [row for layers, width in SIZES for row in steps_of(layers, width, given.repeats)]
-    command = " ".join(["python", f"scripts/{Path(__file__).name}", *sys.argv[1:]])
-    write_result(given.out, command, rows, time.monotonic() - begin)
+    write_result(given.out, script_command(), rows, time.monotonic() - begin)
 
 
 def steps_of(layers: int, width: int, repeats: int) -> list[dict[str, Any]]:
     rows = []
-    for name, adapt in {
-        "base": lambda model: None,
-        f"LoRA of rank {RANK}": _lora,
-        **{_named(fields): lambda model, fields=fields: _atoms(model, fields) for fields in ATOMS},
-    }.items():
+    methods: list[tuple[str, int, Callable[[nn.Module], None]]] = [
+        ("base", 0, lambda model: None),
+        (f"LoRA of rank {RANK}", RANK, _lora),
+        *((_named(fields), fields["n_atoms"], partial(_atoms, fields)) for fields in ATOMS),
+    ]
+    for name, atoms, adapt in methods:
         torch.manual_seed(0)
         model = SD3Transformer2DModel(
             sample_size=max(SIDES),
@@ -78,10 +78,8 @@ def steps_of(layers: int, width: int, repeats: int) -> list[dict[str, Any]]:
             step = _step(model, trained, side, width)
             row = {"method": name, "layers": layers, "width": width, "weights": weights}
             row |= {"tokens": side * side // 4 + WORDS, "rows": ROWS, "trained": sum(p.numel() for p in trained)}
-            row["atoms"] = RANK if name.startswith("LoRA") else int(name.split()[0]) if trained else 0
-            rows.append(
-                row | {"seconds": processor_seconds(step, repeats), "bytes": peak_of(step, torch.device("cpu"))}
-            )
+            row |= {"atoms": atoms, "seconds": processor_seconds(step, repeats)}
+            rows.append(row | {"bytes": peak_of(step, torch.device("cpu"))})
             print(rows[-1], flush=True)
     return rows
 
@@ -95,7 +93,7 @@ def _lora(model: nn.Module) -> None:
     peft.inject_adapter_in_model(peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=sites), model)
 
 
-def _atoms(model: nn.Module, fields: dict[str, Any]) -> None:
+def _atoms(fields: dict[str, Any], model: nn.Module) -> None:
     attach(model, AtomConfig(target_modules=list(BACKBONES["StableDiffusion3Pipeline"].sites), **fields))
 
 

@@ -51,6 +51,11 @@ def rows_of(name: str) -> tuple[list[dict[str, Any]], str]:
     return result["rows"], result["command"]
 
 
+def with_command(lines: list[str], command: str) -> str:
+    """A table, and below it the command that made its rows."""
+    return "\n".join([*lines, "", f"`{command}`"])
+
+
 def scenes_table() -> str:
     rows, command = rows_of("scenes")
     row = rows[0]
@@ -63,7 +68,7 @@ def scenes_table() -> str:
         f"| style right | {row['style_accuracy']:.1%} | |",
         f"| the judge itself, on true scenes | {row['judge_accuracy_on_true_scenes']:.1%} | |",
     ]
-    return "\n".join([*lines, "", f"`{command}`"])
+    return with_command(lines, command)
 
 
 def demo_table() -> str:
@@ -162,7 +167,7 @@ def memory_table() -> str:
     for row in rows:
         sizes = (f"{row[kind] / 2**20:.1f} MiB" for kind in ("estimated", "counted"))
         lines.append(f"| {row['setting']} | {' | '.join(sizes)} | {row['error']:+.1%} |")
-    return "\n".join([*lines, "", f"`{command}`"])
+    return with_command(lines, command)
 
 
 def scale_measured() -> str:
@@ -179,7 +184,7 @@ def scale_measured() -> str:
             f"{found[m]['seconds'] / base['seconds']:.2f}, {found[m]['bytes'] / base['bytes']:.2f}" for m in methods
         ]
         lines.append(f"| {layers} layers of {width}: {weights / 1e6:.0f}M | {' | '.join(shares)} |")
-    return "\n".join([*lines, "", f"`{command}`"])
+    return with_command(lines, command)
 
 
 def scale_projected() -> str:
@@ -205,7 +210,7 @@ def many_table() -> str:
     for row in rows:
         gain = row["alone"] / row["together"]
         lines.append(f"| {row['what']} | {row['alone']:.1f} s | {row['together']:.1f} s | {gain:.2f} x |")
-    return "\n".join([*lines, "", f"`{command}`"])
+    return with_command(lines, command)
 
 
 def backbones_table() -> str:
@@ -230,7 +235,7 @@ def reliability_table() -> str:
     for row in rows:
         facts = ", ".join(f"{name} {value}" for name, value in row.items() if name not in own and value is not None)
         lines.append(f"| {row['hazard']} | {row['tried']} | {row['survived']} | {row['how']} | {facts} |")
-    return "\n".join([*lines, "", f"`{command}`"])
+    return with_command(lines, command)
 
 
 TABLES = {

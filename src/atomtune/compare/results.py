@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -97,6 +98,11 @@ def _short(value: Any) -> Any:
     if isinstance(value, str):
         return _without_paths(value)
     return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def script_command() -> str:
+    """What is running, as it is typed in the repository: a script of `scripts/` and its arguments."""
+    return " ".join(["python", f"scripts/{Path(sys.argv[0]).name}", *sys.argv[1:]])
 
 
 def _entries(value: Any) -> str:
