@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from atomtune.steering import Steer
     from atomtune.training.loop import train
     from atomtune.training.options import TrainOptions
+    from atomtune.training.refit import refit
     from atomtune.tuner import AtomConfig
 
 _HOMES = {
@@ -29,6 +30,7 @@ _HOMES = {
     "load": "adapter",
     "open_pipeline": "backbones",
     "prompt_gates": "sampling",
+    "refit": "training.refit",
     "save": "adapter",
     "train": "training.loop",
 }
@@ -45,6 +47,7 @@ __all__ = [
     "load",
     "open_pipeline",
     "prompt_gates",
+    "refit",
     "save",
     "train",
 ]

@@ -29,14 +29,15 @@ Statistics = dict[str, dict[str, Tensor]]
 
 FORMULAS = {
     "effect": "change of the prediction on the subject if the atom were out, to first order",
+    "focus": "share of its effect that falls on the subject, by area",
     "mean": "mean over positions of code x ||D||",
     "mean_when_active": "mean over the positions where it fires of code x ||D||",
     "maximum": "largest code x ||D||",
     "purity": "share of its energy that falls on the subject, were that as large as what is around it",
 }
 """Importance formulas, as they are printed wherever their numbers are."""
-WITHOUT_NORM = ("effect", "purity")
-"""Those that read no norm of an atom."""
+READS = {"effect": ("effect",), "focus": ("effect", "effect_beside"), "purity": ("purity",)}
+"""What they read of an atom's statistics; those not named here, their own and its norm."""
 
 CHUNK = 4
 """Pictures that are measured at once."""
@@ -250,7 +251,7 @@ def ranking(model: Any, statistics: Statistics, formula: str = "effect", adapter
         if path not in statistics:
             raise UserError(f"The adapter has no statistics at {path}: it was saved without them. Train again.")
         s = statistics[path]
-        for name in ("density", "purity", formula, *(() if formula in WITHOUT_NORM else ("norm",))):
+        for name in ("density", "purity", *READS.get(formula, (formula, "norm"))):
             if name not in s or s[name].shape != (layer.r[adapter],):
                 raise UserError(f"The adapter's statistics at {path} lack the {name} of some atoms. Train again.")
         values = _importance(s, formula)
@@ -272,8 +273,11 @@ def ranking(model: Any, statistics: Statistics, formula: str = "effect", adapter
 
 
 def _importance(s: dict[str, Tensor], formula: str) -> Tensor:
+    if formula == "focus":
+        on, beside = s["effect"].square(), s["effect_beside"].square()
+        return (on / (on + beside)).nan_to_num(0)
     values = s[formula].nan_to_num(0)
-    return values if formula in WITHOUT_NORM else values * s["norm"]
+    return values if formula in READS else values * s["norm"]
 
 
 def order_by_importance(model: Any, statistics: Statistics, adapter: str = "default") -> Statistics:

@@ -1,5 +1,6 @@
 """Several adapters in one batch: each row as alone, in training and in serving."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from safetensors.torch import load_file
 from tuner_models import Plain
 
 import atomtune
+from atomtune.cli import main
 from atomtune.errors import UserError
 from atomtune.serving import Server
+from atomtune.training import config
 from atomtune.training.many import Job, train_many
 from atomtune.training.options import TrainOptions
 from atomtune.tuner import BASE, AtomConfig, activate, assigned, atom_layers, attach
@@ -20,9 +23,12 @@ from atomtune.tuner import BASE, AtomConfig, activate, assigned, atom_layers, at
 SITES = ("layers.0.attn.to_q", "layers.1.attn.to_v")
 
 
+CONCEPTS = ("sks dog", "zyx bird")
+SMALL: dict[str, Any] = {"steps": 4, "n_atoms": 4, "lr": 0.05, "batch_size": 2, "unrelated_pictures": 4}
+
+
 def _options(concept: str, **fields: Any) -> TrainOptions:
-    given: dict[str, Any] = {"steps": 4, "n_atoms": 4, "lr": 0.05, "batch_size": 2, "unrelated_pictures": 4}
-    return TrainOptions(concept, sites=SITES, **given | fields)
+    return TrainOptions(concept, sites=SITES, **SMALL | fields)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +37,7 @@ def root(bases: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Pa
     folder = tmp_path_factory.mktemp("many")
     pipe = atomtune.open_pipeline(str(bases["lumina2"]))
     jobs = []
-    for concept, shade in (("sks dog", 60), ("zyx bird", 200)):
+    for concept, shade in zip(CONCEPTS, (60, 200), strict=True):
         data = folder / concept[:3]
         data.mkdir()
         for i in range(2):
@@ -52,6 +58,46 @@ def test_trained_together_as_alone(root: Path, concept: str) -> None:
         torch.testing.assert_close(many[key], value, rtol=1e-3, atol=1e-4, msg=key)
     assert (root / f"many-{concept}/log.jsonl").read_text().count("\n") == 4
     assert (root / f"many-{concept}/checkpoints/step-000004").is_dir()
+
+
+def test_a_file_of_concepts(
+    root: Path, bases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command trains what the call does, and puts a run beside the others where no `out` is given."""
+    monkeypatch.chdir(tmp_path)
+    shared = config.text({"base": bases["lumina2"], "device": "cpu", "sites": SITES, **SMALL})
+    tables = "".join(
+        f"[[concepts]]\n{config.text({'data': root / concept[:3], 'concept': concept})}" for concept in CONCEPTS
+    )
+    Path("file.toml").write_text(shared + tables)
+    assert main(["many", "file.toml"]) == 0
+    for concept in CONCEPTS:
+        name = f"{concept[:3]}/adapter_model.safetensors"
+        assert (Path("runs") / name).read_bytes() == (root / f"many-{name}").read_bytes()
+        run = (Path("runs") / concept[:3] / "config.toml").read_text()
+        assert f'concept = "{concept}"' in run
+        assert 'device = "cpu"' in run
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps = 3", r"there must be a \[\[concepts\]\] table for each concept, got None"),
+        ("concepts = 3", r"there must be a \[\[concepts\]\] table"),
+        ("[[concepts]]", r"\[\[concepts\]\] 1: `data` must be a folder of pictures, got none"),
+        ("stebs = 3\n[[concepts]]\ndata = 'a'", "unknown option 'stebs'. Did you mean `steps`"),
+        ("[[concepts]]\ndata = 'a'\nsteps = 3", r"\[\[concepts\]\] 1: unknown option 'steps'"),
+        ("[[concepts]]\ndata = 'a'\nconcept = {a = 1}", "`concept` must be a value"),
+    ],
+)
+def test_a_file_that_says_nothing_of_use(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    (tmp_path / "file.toml").write_text(text)
+    assert main(["many", str(tmp_path / "file.toml")]) == 2
+    err = capsys.readouterr().err
+    assert re.search(message, err), err
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("field", [{"sparsity": 0.1}, {"sparsifier": "batch_topk", "k": 2}, {"buckets": True}])

@@ -456,6 +456,18 @@ def test_unknown_entries_of_a_config(folder: Path) -> None:
         load(net(), folder)
 
 
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "layers_pattern"])
+def test_the_patterns_of_a_stranger_are_not_run(folder: Path, field: str) -> None:
+    """One that finds other modules, or never ends: the sites stand in the file, and those are read."""
+    reconfigure(folder, **{field: r"(\w+\.?)+!"})
+    model = adapted_from(folder)
+    assert list(atom_layers(model)) == list(atom_layers(adapted()))
+    found = adapter_config(model)
+    assert set(found.target_modules or ()) == set(found.sites or ())
+    assert not found.exclude_modules
+    assert not found.layers_pattern
+
+
 def test_fingerprint() -> None:
     base = net()
     whole = fingerprint(base)

@@ -10,6 +10,7 @@ import sys
 COMMANDS = {
     "demo": "Learn a new subject on the embedded world, show its atoms, write a report.",
     "train": "Train an adapter on a folder of pictures.",
+    "many": "Train many concepts at once over one base, as a file lists them.",
     "doctor": "Say what a run would meet and cost, before it starts.",
     "generate": "Paint pictures with an adapter, its dials turned as you say.",
     "edit": "Tune on one picture, and paint edits of it over a sweep of which atoms take part.",

@@ -21,7 +21,7 @@ class Command:
     top: int = 20
     """How many to show."""
     formula: str = "effect"
-    """effect, mean, mean_when_active, maximum or purity."""
+    """effect, focus, mean, mean_when_active, maximum or purity."""
     json: bool = False
     """Print JSON, all numbers of each atom."""
     curve: Path | None = None

@@ -23,24 +23,36 @@ class Command:
     count: int | None = None
     """Number of atoms to keep, instead of --keep."""
     formula: str = "effect"
-    """effect, mean, mean_when_active, maximum or purity."""
+    """effect, focus, mean, mean_when_active, maximum or purity."""
+    refit: int | None = None
+    """Steps, such as 40, in which what is left learns to do what all atoms did; needs --data."""
+    data: Path | None = None
+    """What the run learned from, for --refit."""
     base: str | None = None
     """Base pipeline. None: the one that the adapter names."""
     allow_other_base: bool = False
     """Load onto a base that is not the adapter's."""
+    device: str | None = None
+    """Where to run, such as cuda. None: cuda where there is one, else cpu."""
 
     def run(self) -> None:
         from atomtune.cli.common import open_adapter
         from atomtune.errors import UserError
+        from atomtune.training.refit import refit
 
         amount = self.count if self.count is not None else self.keep
         if amount is None or (self.keep is not None and self.count is not None):
             raise UserError("`keep` or `count` must be given, one of them.")
         if self.out.exists():
             raise UserError(f"`out` must not exist yet: {self.out}. Choose another folder.")
-        adapter = open_adapter(self.adapter, self.base, self.allow_other_base)
+        if (self.refit is None) != (self.data is None):
+            raise UserError("`refit` and `data` must be given together: steps, and what the run learned from.")
+        adapter = open_adapter(self.adapter, self.base, self.allow_other_base, self.device)
         before = len(adapter.atoms)
         number = adapter.prune(amount, self.formula)
+        if self.refit is not None and self.data is not None:
+            adapter.remove()
+            adapter = refit(adapter.pipe, self.adapter, number, self.data, steps=self.refit, formula=self.formula)
         adapter.save(self.out)
         print(self.out)
         print(f"kept {number} of {before} atoms", file=sys.stderr)

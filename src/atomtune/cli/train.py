@@ -16,6 +16,9 @@ import tyro
 from atomtune.training import config
 from atomtune.training.options import TrainOptions
 
+BASE = ("base", "dtype", "quantize", "device")
+"""Options that say what is trained on."""
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -46,6 +49,11 @@ class Planned:
     def folder(self) -> Path:
         """Where the run goes."""
         return self.out or Path("runs") / self.data.resolve().name
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the base was asked to be."""
+        return {name: getattr(self, name) for name in BASE}
 
     def open(self) -> Any:
         """The base, as it is trained on."""
@@ -93,7 +101,7 @@ class Command(Planned):
             resume=self.resume,
             allow_changed_data=self.allow_changed_data,
             command=command_line(),
-            settings={name: getattr(self, name) for name in ("base", "dtype", "quantize", "device")},
+            settings=self.settings,
         )
         print(f"{len(adapter.atoms)} atoms in {out}", file=sys.stderr)
         print(f"  atomtune atoms {out}\n  atomtune generate {out} PROMPT", file=sys.stderr)

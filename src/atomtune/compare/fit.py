@@ -40,7 +40,8 @@ from atomtune.training.loop import Run
 from atomtune.training.optimizers import schedule
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import Material, prepare
-from atomtune.tuner import override_gate, read_gates, remove_adapter, save
+from atomtune.training.refit import fewer
+from atomtune.tuner import base_only, override_gate, read_gates, remove_adapter, save
 
 COMPONENTS = ("lora", "rslora")
 """Rivals that are kept as rank-one components, so that they have every dial that atoms have."""
@@ -168,6 +169,16 @@ def obtain(fit: Fit, pipe: Any, folder: Path, name: str = NAME) -> Tuned:
     rival = attach_rival(name_of, denoiser(pipe), _sites(pipe, fit), fit.size, fit.options.seed)
     rival.load(load_file(kept / "rival.safetensors"))
     return Tuned(pipe, facts, rival=rival)
+
+
+def refitted(fit: Fit, pipe: Any, folder: Path, keep: float) -> Tuned:
+    """A trained method again, cut to a share of its components, which are then trained to do what all of them did."""
+    facts = json.loads((folder / fit.key / "facts.json").read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as data:
+        fit.lesson.write(Path(data) / "data")
+        with base_only(denoiser(pipe)):
+            material = prepare(pipe, backbone_of(pipe), Path(data) / "data", fit.options, folder / "run")
+    return Tuned(pipe, facts, adapter=fewer(pipe, folder / fit.key / "adapter", material, fit.options, keep))
 
 
 def singular(fit: Fit, pipe: Any, folder: Path) -> Tuned:

@@ -11,7 +11,7 @@ from typing import Any
 from atomtune.backbones import open_pipeline
 from atomtune.compare import tasks
 from atomtune.compare.cells import Cell
-from atomtune.compare.fit import COMPONENTS, Fit, Knob, Lesson, Tuned, obtain, singular
+from atomtune.compare.fit import COMPONENTS, Fit, Knob, Lesson, Tuned, obtain, refitted, singular
 from atomtune.compare.methods import BASE, REFERENCES, parse
 from atomtune.compare.tasks import Ask, Studio
 from atomtune.editing.sweep import sweep
@@ -32,12 +32,20 @@ DIALS = (*(Knob("atoms", v, "effect") for v in (0.5, 0.25, 0.1)), Knob("atoms", 
 CONTAINED = tuple(Knob("contain", v) for v in (0.5, 0.75, 1.0))
 """Turned there on the same, any gate held open: what codes contain by themselves."""
 
+REFITTED = (Knob("refit", 0.1, "effect"),)
+"""Turned there on the same, any gate held open: what is left is trained to do what all of it did."""
+
+OWN_WORDS = {Knob("own-words", 0.0): 1.0, Knob("own-words", 0.3): 1.0, Knob("own-strong", 0.3): 1.2}
+"""Turned there on the same: the strength at which asks in words that the lesson did not have are read in the lesson's,
+down to the knob's value of s."""
+
 SCALES = tuple(Knob("scale", v) for v in (1.4, 1.2, 0.9, 0.8, 0.6))
-FORMULAS = ("effect", "mean", "purity")
+FORMULAS = ("effect", "focus", "mean", "purity")
 EDIT_KNOBS = (
     FULL,
     *SCALES,
     *(Knob("atoms", v, f) for f in FORMULAS for v in (0.5, 0.25)),
+    Knob("atoms", 0.75, "focus"),
     *(Knob("purity", v) for v in (0.4, 0.6)),
     Knob("random", 0.5),
 )
@@ -117,7 +125,7 @@ def _at(tuned: Tuned, knob: Knob, gate: bool | None) -> ExitStack:
 
 
 def _knob(knob: Knob, gate: bool | None) -> Row:
-    kept = knob.value if knob.name in ("atoms", "random") else 1.0
+    kept = knob.value if knob.name in ("atoms", "random", "refit") else 1.0
     return {
         "gate": gate,
         "knob": knob.name,
@@ -162,9 +170,20 @@ def _learned(cell: Cell, studio: Studio, lesson: Lesson, asks: list[Ask], learne
             row |= tasks.inner_leak(neighbours, pictures[: len(pairs)], pairs) | {"pixel_drift": 0.0, "silence": 1.0}
         yield row
         return
+
+    def outside() -> tuple[Row, bool]:
+        """What leaks beyond the concept as things stand, and whether that is nothing at all."""
+        found = tasks.leak(base_quiet, studio.paint(quiet, LEAK_SEED), scenes(quiet))
+        whole = found["silence"]
+        if nouns:
+            kind = tasks.leak(base_nouns, studio.paint(nouns, CLASS_SEED), scenes(nouns))
+            found["bleed"], whole = kind["drift"], min(whole, kind["silence"])
+        return found, whole == 1
+
     tuned = _tuned(cell, studio, lesson)
     same = tuned.gated and tuned.wide_open([a.words for a in asks])
     shut: Row | None = None
+    leaks: dict[tuple[Knob, bool | None], Row] = {}
     opened = False if tuned.gated else None
     points = [(knob, gate) for knob in STRENGTHS for gate in _gates(tuned)]
     if tuned.adapter is not None and cell.config["dials"]:
@@ -175,16 +194,13 @@ def _learned(cell: Cell, studio: Studio, lesson: Lesson, asks: list[Ask], learne
                 pictures = studio.paint(asks, noise)
             # A gate that was shut for all that is not the concept is so at every strength.
             if not gate or shut is None:
-                outside = tasks.leak(base_quiet, studio.paint(quiet, LEAK_SEED), scenes(quiet))
-                whole = outside["silence"]
-                if nouns:
-                    beyond = tasks.leak(base_nouns, studio.paint(nouns, CLASS_SEED), scenes(nouns))
-                    outside["bleed"], whole = beyond["drift"], min(whole, beyond["silence"])
-                shut = outside if gate and whole == 1 else shut
+                beyond, whole = outside()
+                shut = beyond if gate and whole else shut
             else:
-                outside = shut
+                beyond = shut
+        leaks[knob, gate] = beyond
         row = tuned.facts | _knob(knob, gate) | tasks.score(pictures, asks, learned)
-        yield row | tasks.inner_leak(neighbours, pictures[: len(pairs)], pairs) | outside
+        yield row | tasks.inner_leak(neighbours, pictures[: len(pairs)], pairs) | beyond
     if tuned.adapter is not None and cell.config["dials"]:
         for knob in DIALS:
             gate = True if tuned.gated else None
@@ -192,6 +208,40 @@ def _learned(cell: Cell, studio: Studio, lesson: Lesson, asks: list[Ask], learne
                 pictures = studio.paint(asks, noise)
                 inner = tasks.inner_leak(neighbours, pictures[: len(pairs)], pairs)
                 yield tuned.facts | _knob(knob, gate) | tasks.score(pictures, asks, learned) | inner
+        for knob, pictures in _in_own_words(tuned, studio, asks, lesson, noise):
+            inner = tasks.inner_leak(neighbours, pictures[: len(pairs)], pairs)
+            strength = OWN_WORDS[knob]
+            gate = _gates(tuned)[0]
+            beyond = leaks[FULL if strength == 1 else Knob("scale", strength), gate]
+            yield tuned.facts | _knob(knob, gate) | tasks.score(pictures, asks, learned) | inner | beyond
+        tuned.remove()
+        for knob in REFITTED:
+            few = refitted(fit_of(cell, lesson), studio.pipe, studio.folder / "fits", knob.value)
+            with _at(few, FULL, opened):
+                pictures, (beyond, _) = studio.paint(asks, noise), outside()
+            inner = tasks.inner_leak(neighbours, pictures[: len(pairs)], pairs)
+            row = few.facts | _knob(knob, opened) | tasks.score(pictures, asks, learned)
+            yield row | inner | beyond
+            few.remove()
+
+
+def _in_own_words(
+    tuned: Tuned, studio: Studio, asks: Sequence[Ask], lesson: Lesson, noise: int
+) -> Iterator[tuple[Knob, list[Any]]]:
+    """The asks painted at each knob of `OWN_WORDS`; nothing where the lesson has words for all of them."""
+    words = [tasks.own_words(ask, lesson) for ask in asks]
+    other = [i for i, own in enumerate(words) if own]
+    if not other:
+        return
+    instead = {said: own for table in words for said, own in table.items()}
+    for knob, strength in OWN_WORDS.items():
+        with _at(tuned, Knob("scale", strength), _gates(tuned)[0]):
+            pictures = studio.paint(asks, noise)
+            with tuned.reading(instead, knob.value):
+                again = studio.paint([asks[i] for i in other], [noise + i for i in other])
+        for i, picture in zip(other, again, strict=True):
+            pictures[i] = picture
+        yield knob, pictures
 
 
 # ------------------------------------------------------------------------------------------- editing
@@ -218,6 +268,10 @@ def _edited(cell: Cell, studio: Studio, lesson: Lesson) -> Iterator[Row]:
     for knob, pictures in sweep(knobs, lambda knob: _at(tuned, knob, gate), lambda: studio.paint(asks, noise)):
         for row in _kinds(pictures, asks):
             yield tuned.facts | _knob(knob, gate) | row
+    if tuned.adapter is not None:
+        for knob, pictures in _in_own_words(tuned, studio, asks, lesson, noise):
+            for row in _kinds(pictures, asks):
+                yield tuned.facts | _knob(knob, gate) | row
     if parse(cell.method)[0] in COMPONENTS:
         tuned.remove()
         cut = singular(fit_of(cell, lesson), studio.pipe, studio.folder / "fits")

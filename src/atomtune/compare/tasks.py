@@ -71,8 +71,8 @@ class Studio:
     folder: Path
     steps: int = 12
 
-    def paint(self, asks: Sequence[Ask], seed: int) -> list[Image.Image]:
-        """One picture an ask; ask i starts from the noise of seed + i."""
+    def paint(self, asks: Sequence[Ask], seed: int | Sequence[int]) -> list[Image.Image]:
+        """One picture an ask; ask i starts from the noise of seed + i (of seed[i])."""
         return generate(self.pipe, [a.words for a in asks], seed=seed, steps=self.steps, batch_size=12)
 
     def base(self, asks: Sequence[Ask], seed: int) -> list[Image.Image]:
@@ -230,6 +230,14 @@ def edit_asks(subject: str, noises: int = 2) -> list[Ask]:
         asks.append(_ask(replace(shot, color=rng.choice(colors)), "color"))
         asks.append(_ask(replace(shot, pattern=PATTERNS[1 + turn % 3]), "pattern"))
     return asks
+
+
+def own_words(ask: Ask, lesson: Lesson) -> dict[str, str]:
+    """Which words of an ask the lesson had others for: its style; all of them where the caption only names it."""
+    shot, told = lesson.shots[0]
+    if told != caption(shot):
+        return {ask.words: told}
+    return {ask.scene.things[ask.at].style: shot.things[0].style} if ask.kind == "style" else {}
 
 
 def mixed_asks(subject: str, style: str, number: int = 12) -> list[Ask]:

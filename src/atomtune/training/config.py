@@ -10,6 +10,9 @@ from typing import Any
 
 from atomtune.errors import UserError, did_you_mean
 
+CONCEPTS = "concepts"
+"""Tables of a file for many concepts."""
+
 
 def read(path: Path, known: Collection[str]) -> dict[str, Any]:
     """The options in a file. Raises UserError on unknown ones, naming the nearest, and on values of no use."""
@@ -17,12 +20,30 @@ def read(path: Path, known: Collection[str]) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(f"`config` can't be read: {path}: {error}.") from error
+    _check(str(path), values, known)
+    return values
+
+
+def read_concepts(path: Path, known: Collection[str], own: Collection[str]) -> list[dict[str, Any]]:
+    """The options of each [[concepts]] table in a file, those of the file before them. Raises UserError as `read`."""
+    shared = read(path, [*known, CONCEPTS])
+    tables = shared.pop(CONCEPTS, None)
+    if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):
+        raise UserError(f"{path}: there must be a [[{CONCEPTS}]] table for each concept, got {tables!r}.")
+    for number, table in enumerate(tables, 1):
+        where = f"{path}: [[{CONCEPTS}]] {number}"
+        _check(where, table, own)
+        if "data" not in table:
+            raise UserError(f"{where}: `data` must be a folder of pictures, got none.")
+    return [shared | table for table in tables]
+
+
+def _check(where: str, values: Mapping[str, Any], known: Collection[str]) -> None:
     for name, value in values.items():
         if name not in known:
-            raise UserError(f"{path}: unknown option {name!r}.{did_you_mean(name, known)}")
+            raise UserError(f"{where}: unknown option {name!r}.{did_you_mean(name, known)}")
         if not isinstance(value, bool | int | float | str | list):
-            raise UserError(f"{path}: `{name}` must be a value, got {value!r}.")
-    return values
+            raise UserError(f"{where}: `{name}` must be a value, got {value!r}.")
 
 
 def text(values: Mapping[str, Any]) -> str:

@@ -56,14 +56,19 @@ def conclude(
     pipe: Any, backbone: Backbone, material: Material, options: TrainOptions, name: str = NAME
 ) -> tuple[Adapter, dict[str, float]]:
     """After the last step: calibrate the gate, measure the atoms, put them in order; returns what the gate does."""
+    gate_report = gating.calibrate(denoiser(pipe), backbone, material, name) if options.gated else {}
+    return described(pipe, backbone, material, name), gate_report
+
+
+def described(pipe: Any, backbone: Backbone, material: Material, name: str = NAME) -> Adapter:
+    """The adapter as it is attached, its atoms measured and in order."""
     base = denoiser(pipe)
-    gate_report = gating.calibrate(base, backbone, material, name) if options.gated else {}
     statistics = measure(base, backbone, material.latents, material.conditioning, adapter=name, masks=material.masks)
     far = (~material.of_class).nonzero().flatten()
     others = select(material.unrelated_conditioning, far)
     reach = reaches(base, backbone, material.unrelated_latents[far], others, adapter=name)
     statistics = {site: found | reach[site] for site, found in statistics.items()}
-    return Adapter(pipe, order_by_importance(base, statistics, name), name), gate_report
+    return Adapter(pipe, order_by_importance(base, statistics, name), name)
 
 
 @contextmanager

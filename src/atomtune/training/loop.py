@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import signal
@@ -225,6 +226,8 @@ class Run:
             from_activations(self.base, backbone, material, options, self.name)
         self.optimizer = self._optimizer()
         self.ema = Ema(self.parameters(), options.ema) if options.ema else None
+        self.teacher: Callable[[Batch], Tensor] | None = None
+        """What the model should predict of a batch; None: what its pictures say."""
         self.done = 0
         self.told_to_stop = False
         self.best: tuple[float, int] | None = None
@@ -538,6 +541,8 @@ class Run:
         o, m, backbone = self.options, self.material, self.backbone
         generator = generator_of(o, micro)
         batch = draw(m, backbone, o, micro, generator)
+        if self.teacher is not None:
+            batch = dataclasses.replace(batch, target=self.teacher(batch))
         with self.autocast(), record(self.base, self.name) as recording:
             predicted = backbone.predict(self.base, batch.x, batch.s, batch.conditioning)
         plain = None

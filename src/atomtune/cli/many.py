@@ -1,0 +1,42 @@
+"""`atomtune many`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from atomtune.cli.train import BASE, Planned
+from atomtune.training import config
+from atomtune.training.options import TrainOptions
+
+
+@dataclass(frozen=True)
+class Command:
+    """Train many concepts at once over one base, as a file lists them."""
+
+    file: tyro.conf.Positional[Path]
+    """A TOML file: options of `atomtune train` for all, then a [[concepts]] table for each, with its data, out,
+    concept, class_noun, captions, trigger and seed."""
+    together: int = 8
+    """Concepts that share a forward; memory grows with them."""
+
+    def run(self) -> None:
+        from atomtune.cli import command_line
+        from atomtune.training.many import OWN, Job, train_many
+
+        shared = [*BASE, *(field.name for field in dataclasses.fields(TrainOptions))]
+        concepts = config.read_concepts(self.file, shared, ("data", "out", *OWN))
+        plans = [tyro.cli(Planned, args=config.arguments(given), prog="atomtune many") for given in concepts]
+        done = train_many(
+            plans[0].open(),
+            [Job(plan.data, plan.folder, plan.options) for plan in plans],
+            together=self.together,
+            command=command_line(),
+            settings=plans[0].settings,
+        )
+        for run in done:
+            print(f"  atomtune atoms {run}", file=sys.stderr)
