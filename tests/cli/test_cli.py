@@ -18,7 +18,7 @@ from PIL import Image
 import atomtune
 from atomtune.cli import COMMANDS, FILES, main
 from atomtune.training import checkpoints
-from atomtune.training.loop import Run
+from atomtune.training.run import Run
 
 Train = Callable[..., int]
 SITE = "layers.0.attn.to_q"

@@ -8,7 +8,8 @@ import pytest
 from atomtune.cli import main
 from atomtune.compare import measure
 from atomtune.compare.cells import Cell
-from atomtune.compare.grid import Grid
+from atomtune.compare.grid import Grid, best_rates
+from atomtune.compare.methods import METHODS
 
 QUICK = ["--set", "steps=1", "unrelated_pictures=2", "--sampler", "1", "--seeds", "0", "--sizes", "4"]
 
@@ -26,12 +27,20 @@ def test_a_grid_is_measured_once_and_told(tmp_path: Path, capsys: pytest.Capture
     assert str(tmp_path) not in json.dumps(stored)
     full = [r for r in stored["rows"] if r["method"] == "atoms" and r["knob"] == "full"]
     assert {r["gate"] for r in full} == {True, False}
-    assert {r["knob"] for r in stored["rows"] if r["method"] == "atoms"} == {"full", "atoms", "scale", "contain"}
+    turned = {"full", "atoms", "scale", "contain", "own-words", "own-strong", "refit"}
+    assert {r["knob"] for r in stored["rows"] if r["method"] == "atoms"} == turned
     assert (tmp_path / "results/customization-alignment.svg").is_file()
     written = {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").glob("*.json")}
     assert len(written) == 3
     assert main(arguments) == 0
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").glob("*.json")} == written
+
+
+def test_rates_are_those_that_the_stored_search_chose() -> None:
+    rows = json.loads((Path(__file__).parents[2] / "benchmarks/results/tuning.json").read_text())["rows"]
+    best = best_rates(rows)
+    assert {"atoms", "lora", "full"} <= best.keys()
+    assert {name: METHODS[name].lr for name in best} == best
 
 
 def cell(task: str, method: str, subject: str) -> Cell:

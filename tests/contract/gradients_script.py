@@ -14,10 +14,10 @@ from torch.distributed.tensor import DTensor
 from atomtune.backbones import backbone_of, open_pipeline
 from atomtune.training.encode import weights_key
 from atomtune.training.ends import NAME, attach_atoms, training_mode
-from atomtune.training.loop import Run
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import prepare
 from atomtune.training.processes import shard
+from atomtune.training.run import Run
 
 torch.set_num_threads(1)
 base, data, out, accumulation, *shared = sys.argv[1:]

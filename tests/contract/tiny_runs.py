@@ -10,8 +10,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from atomtune.training.loop import Run
 from atomtune.training.options import TrainOptions
+from atomtune.training.run import Run
 
 OPTIONS = TrainOptions(
     concept="kite",

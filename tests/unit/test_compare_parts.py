@@ -21,9 +21,9 @@ from atomtune.scenes.render import NEW_STYLES, render
 from atomtune.scenes.world import OBJECTS, RESERVED, STYLES, TUNING
 from atomtune.training.batch import draw, generator_of
 from atomtune.training.ends import training_mode
-from atomtune.training.loop import Run
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import prepare
+from atomtune.training.run import Run
 from atomtune.tuner import atom_layers, remove_adapter
 
 # ---------------------------------------------------------------------------------------------- tasks

@@ -13,8 +13,8 @@ from tiny_runs import OPTIONS
 from atomtune.backbones import backbone_of
 from atomtune.training.batch import generator_of
 from atomtune.training.ends import NAME, attach_atoms, training_mode
-from atomtune.training.loop import CONTAIN_FROM, Run
 from atomtune.training.prepare import prepare
+from atomtune.training.run import CONTAIN_FROM, Run
 from atomtune.tuner import atom_layers, remove_adapter
 
 ONE = dataclasses.replace(OPTIONS, unrelated_pictures=4)

@@ -12,7 +12,7 @@ from PIL import Image
 from atomtune.backbones import backbone_of
 from atomtune.data.folder import scan, survey
 from atomtune.data.twins import Twins, twins
-from atomtune.training.loop import attach_atoms
+from atomtune.training.ends import attach_atoms
 from atomtune.training.memory import Trial, carried, tried
 from atomtune.tuner import remove_adapter
 

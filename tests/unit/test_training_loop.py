@@ -17,9 +17,11 @@ from tiny_runs import OPTIONS, at_step, log, press_ctrl_c, pull_the_plug, same, 
 from torch import Tensor
 
 from atomtune.errors import UserError
-from atomtune.training import checkpoints, loop
-from atomtune.training.loop import Run, train
+from atomtune.training import checkpoints
+from atomtune.training import run as running
+from atomtune.training.loop import train
 from atomtune.training.optimizers import schedule
+from atomtune.training.run import Run
 from atomtune.tuner import atom_layers
 
 TERMS = {"task", "silence", "distill", "gate"}
@@ -48,7 +50,7 @@ def test_three_stops_change_nothing(
     stop: Callable[[], None],
 ) -> None:
     """Complaints 25 to 28: resuming starts the data over, loses the count, forgets accumulation or the weights."""
-    monkeypatch.setattr(loop, "DEAD_AFTER", 2)
+    monkeypatch.setattr(running, "DEAD_AFTER", 2)
     through = go("through", **changes)
     for number, step in enumerate((2, 4, 5)):
         with monkeypatch.context() as patch:
@@ -349,7 +351,7 @@ def test_validation_pictures_are_written_and_a_raising_sampler_is_only_a_warning
     go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Complaint 31: sampling fails and takes the run with it."""
-    real = loop.generate
+    real = running.generate
     calls = []
 
     def sampler(pipe: Any, prompts: list[str], **more: Any) -> Any:
@@ -358,7 +360,7 @@ def test_validation_pictures_are_written_and_a_raising_sampler_is_only_a_warning
             raise TypeError("no such argument")
         return real(pipe, prompts, steps=2, **more)
 
-    monkeypatch.setattr(loop, "generate", sampler)
+    monkeypatch.setattr(running, "generate", sampler)
     run = go(steps=4, sample_every=2, sample_prompts=("a kite",))
     assert calls == [["a kite"]] * 2
     assert {p.name for p in (run / "samples").iterdir()} == {"adapter", "step-000004-0.png"}
@@ -371,7 +373,7 @@ def test_a_checkpoint_is_written_before_pictures_are_painted(
     go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, runs: Path
 ) -> None:
     """Complaint 31, where nothing can be caught: the process dies while it paints."""
-    monkeypatch.setattr(loop, "generate", lambda *_, **__: pull_the_plug())
+    monkeypatch.setattr(running, "generate", lambda *_, **__: pull_the_plug())
     with pytest.raises(KeyboardInterrupt):
         go(sample_every=2)
     assert checkpoints.newest(next(runs.glob("test_a_checkpoint_is_written*")))[0] == 2  # type: ignore[index]

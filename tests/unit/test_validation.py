@@ -18,9 +18,9 @@ from atomtune.errors import UserError
 from atomtune.training import hub, trackers, validation
 from atomtune.training.base import KINDS, quantize
 from atomtune.training.batch import draw, generator_of
-from atomtune.training.loop import Run
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import pictured, prepare, spoken, unrelated_list
+from atomtune.training.run import Run
 
 Go = Callable[..., Path]
 

@@ -36,11 +36,11 @@ from atomtune.scenes.world import Scene
 from atomtune.training import objective
 from atomtune.training.batch import draw, generator_of
 from atomtune.training.ends import NAME, attach_atoms, conclude, training_mode
-from atomtune.training.loop import Run
 from atomtune.training.optimizers import schedule
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import Material, prepare
 from atomtune.training.refit import fewer
+from atomtune.training.run import Run
 from atomtune.tuner import base_only, override_gate, read_gates, remove_adapter, save
 
 COMPONENTS = ("lora", "rslora")

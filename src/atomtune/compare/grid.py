@@ -158,6 +158,16 @@ def tune(grid: Grid, out: Path, name: str = "tuning", **given: Any) -> Path:
     return compare(dataclasses.replace(grid, methods=(BASE, *tried), dials=False), out, name, **given)
 
 
+def best_rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """From the rows of `tune`: each method's learning rate of the largest hypervolume, as in `METHODS`."""
+    found: dict[str, tuple[float, float]] = {}
+    for entry in tables.method_hypervolume(rows, tables.base_reference(rows)):
+        if entry["method"] not in REFERENCES:
+            name, changed = parse(entry["method"])
+            found[name] = max(found.get(name, (0.0, 0.0)), (entry["hypervolume"].mean, changed["lr"]))
+    return {name: rate for name, (_, rate) in found.items()}
+
+
 def write_report(rows: Sequence[Mapping[str, Any]], task: str, folder: Path, name: str, command: str) -> Path:
     """Tables in Markdown, and the figures beside them."""
     if task.startswith("editing"):

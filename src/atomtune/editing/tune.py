@@ -17,8 +17,9 @@ from atomtune.adapter import Adapter
 from atomtune.backbones import select
 from atomtune.editing.options import EditOptions
 from atomtune.training import objective
-from atomtune.training.loop import Run, train
+from atomtune.training.loop import train
 from atomtune.training.options import TrainOptions
+from atomtune.training.run import Run
 from atomtune.tuner import open_gate
 
 QUICK: dict[str, Any] = {"steps": 50, "times": (0.5, 0.7, 0.8, 0.9, 1.0)}

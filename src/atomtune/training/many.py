@@ -21,9 +21,9 @@ from atomtune.errors import UserError
 from atomtune.training import run_folder
 from atomtune.training.batch import Batch, draw, generator_of
 from atomtune.training.ends import attach_atoms, check_checkpointing, conclude, learned_nothing, training_mode
-from atomtune.training.loop import Run
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import prepare
+from atomtune.training.run import Run
 from atomtune.training.run_folder import say
 from atomtune.tuner import activate, assigned, base_only, record, remove_adapter
 

@@ -28,9 +28,9 @@ from atomtune.sampling import generate
 from atomtune.training import gating
 from atomtune.training.encode import PAINTED_AT_ONCE, PIXELS_AT_ONCE, Bucket
 from atomtune.training.ends import NAME, training_mode
-from atomtune.training.loop import Run
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import Item, Material
+from atomtune.training.run import Run
 from atomtune.tuner import base_only
 
 SHARES = (1 / 4, 1 / 3, 1 / 2, 3 / 4)

@@ -17,9 +17,9 @@ from atomtune.errors import UserError
 from atomtune.training import run_folder
 from atomtune.training.batch import Batch
 from atomtune.training.ends import NAME, described, training_mode
-from atomtune.training.loop import Run
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import Material, prepare
+from atomtune.training.run import Run
 from atomtune.tuner import assigned, base_only, open_gate, remove_adapter
 
 STEPS = 40
