@@ -28,9 +28,7 @@ from atomtune.sparse import anneal_k, dead_atoms
 from atomtune.training import checkpoints, gating, objective, optimizers, run_folder, validation
 from atomtune.training.batch import Batch, draw, generator_of
 from atomtune.training.ema import Ema
-from atomtune.training.ends import (
-    NAME,
-)
+from atomtune.training.ends import NAME
 from atomtune.training.options import TrainOptions
 from atomtune.training.pace import Pace
 from atomtune.training.prepare import Material
@@ -38,15 +36,7 @@ from atomtune.training.processes import highest, mean_gradients, wants_shards
 from atomtune.training.run_folder import say
 from atomtune.training.start import from_activations
 from atomtune.training.trackers import Trackers
-from atomtune.tuner import (
-    Recording,
-    atom_layers,
-    base_only,
-    open_gate,
-    prompt_gate,
-    record,
-    save,
-)
+from atomtune.tuner import Recording, atom_layers, base_only, open_gate, prompt_gate, record, save
 
 ANNEAL = 0.4
 """Share of the steps over which k falls from all atoms to `k`."""
