@@ -147,6 +147,22 @@ def mixing_table() -> str:
     return chosen("mixing", points, ("true_distance", "similarity", "object_accuracy", "style", "both"))
 
 
+def plain_table() -> str:
+    """One picture and nothing beside it: what removal does, and what turning down does."""
+    points: dict[str, dict[str, Any]] = {"base": {"method": "base"}, "true pictures, decoded": {"method": "truth"}}
+    for method, name, of in (("lora", "LoRA", "LoRA's components"), ("atoms", "atoms", "atoms")):
+        points[name] = {"method": method, "knob": "full"}
+        points |= {f"{name} x {v}": {"method": method, "knob": "scale", "knob_value": v} for v in (1.2, 0.9, 0.8)}
+        points |= {f"{of}, purity {v}": {"method": method, "knob": "purity", "knob_value": v} for v in (0.4, 0.6)}
+        for formula in ("effect", "focus"):
+            kept = {"method": method, "knob": "atoms", "formula": formula, "knob_value": 0.5}
+            points[f"{of}, 50% by {formula}"] = kept
+        points[f"{of}, half by lot"] = {"method": method, "knob": "random"}
+    points["LoRA, half by singular value"] = {"method": "lora", "knob": "svd", "knob_value": 0.5}
+    columns = ("similarity", "object_accuracy", "alignment", "background", "position", "style", "true_distance")
+    return chosen("editing-plain", points, columns)
+
+
 def editing_table() -> str:
     points: dict[str, dict[str, Any]] = {"base": {"method": "base"}, "true pictures, decoded": {"method": "truth"}}
     for method, name in (("lora", "LoRA"), ("atoms", "atoms")):
@@ -246,7 +262,7 @@ TABLES = {
         "kept": kept_table,
     },
     "docs/backbones.md": {"backbones": backbones_table},
-    "docs/method.md": {"mixing": mixing_table, "editing": editing_table},
+    "docs/method.md": {"mixing": mixing_table, "editing": editing_table, "plain": plain_table},
     "docs/scale.md": {"measured": scale_measured, "projected": scale_projected, "many": many_table},
     "docs/training.md": {"memory": memory_table, "reliability": reliability_table},
 }

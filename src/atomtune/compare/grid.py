@@ -159,9 +159,10 @@ def tune(grid: Grid, out: Path, name: str = "tuning", **given: Any) -> Path:
 
 
 def best_rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """From the rows of `tune`: each method's learning rate of the largest hypervolume, as in `METHODS`."""
+    """From the rows of `tune`: the learning rates of the largest hypervolume at full strength, as in `METHODS`."""
     found: dict[str, tuple[float, float]] = {}
-    for entry in tables.method_hypervolume(rows, tables.base_reference(rows)):
+    full = [row for row in rows if row["knob"] == "full"]
+    for entry in tables.method_hypervolume(full, tables.base_reference(rows)):
         if entry["method"] not in REFERENCES:
             name, changed = parse(entry["method"])
             found[name] = max(found.get(name, (0.0, 0.0)), (entry["hypervolume"].mean, changed["lr"]))

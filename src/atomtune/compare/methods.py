@@ -39,8 +39,8 @@ class Method:
     """Raised when its code starts to give other results, so that stored cells are measured again."""
 
 
-def _rival(name: str, *rates: float) -> Method:
-    return Method(lr=rates[1], rates=rates, rival=name)
+def _rival(name: str, *rates: float, lr: float | None = None) -> Method:
+    return Method(lr=lr or rates[1], rates=rates, rival=name)
 
 
 METHODS: dict[str, Method] = {
@@ -55,20 +55,20 @@ METHODS: dict[str, Method] = {
     "lora_sae": Method(lr=2e-3, rival="lora", autoencoded=True),
     "rslora": _rival("rslora", 2.5e-4, 5e-4, 1e-3),
     "dora": _rival("dora", 1e-3, 2e-3, 4e-3),
-    "oft": _rival("oft", 1e-4, 3e-4, 1e-3),
-    "lokr": _rival("lokr", 2e-3, 5e-3, 1e-2),
+    "oft": _rival("oft", 3e-4, 1e-3, 3e-3),
+    "lokr": _rival("lokr", 5e-3, 1e-2, 2e-2, lr=2e-2),
     "vera": _rival("vera", 1e-2, 2e-2, 5e-2),
     "shira": _rival("shira", 3e-4, 1e-3, 2e-3),
     "fourierft": _rival("fourierft", 1e-3, 3e-3, 1e-2),
     "waveft": _rival("waveft", 3e-5, 1e-4, 3e-4),
     "vblora": _rival("vblora", 2e-3, 5e-3, 1e-2),
     "adapter": _rival("adapter", 1e-3, 2e-3, 4e-3),
-    "ssf": _rival("ssf", 2e-3, 5e-3, 1e-2),
-    "full": _rival("full", 1e-4, 2e-4, 5e-4),
+    "ssf": _rival("ssf", 1e-2, 2e-2, 5e-2, lr=5e-2),
+    "full": _rival("full", 2e-4, 5e-4, 1e-3, lr=1e-3),
     "topk_lora": _rival("topk_lora", 1e-3, 2e-3, 4e-3),
     "transcoder": _rival("transcoder", 1e-3, 2e-3, 4e-3),
 }
-"""Methods by name. The middle one of a rival's rates is its own until the search has chosen."""
+"""Methods by name. A rival's rate is the middle one of those tried, where the search has chosen no other."""
 
 
 OURS = {"silence": 0.0, "nested": False, "contain": False}
