@@ -110,6 +110,7 @@ def customization_table() -> str:
     points = {
         "base": {"method": "base"},
         "true pictures, decoded": {"method": "truth"},
+        "bottleneck adapter": {"method": "adapter", "knob": "full"},
         f"LoRA, {OPENED}": {"method": "lora", **full},
         "LoRA, contained by half": {"method": "lora", "knob": "contain", "knob_value": 0.5},
         "LoRA, contained": {"method": "lora", "knob": "contain", "knob_value": 1.0},

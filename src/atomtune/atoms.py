@@ -29,7 +29,7 @@ Statistics = dict[str, dict[str, Tensor]]
 
 FORMULAS = {
     "effect": "change of the prediction on the subject if the atom were out, to first order",
-    "focus": "share of its effect that falls on the subject, by area",
+    "focus": "share of its effect that falls on the subject, were that as large as what is around it",
     "mean": "mean over positions of code x ||D||",
     "mean_when_active": "mean over the positions where it fires of code x ||D||",
     "maximum": "largest code x ||D||",

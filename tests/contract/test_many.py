@@ -79,6 +79,20 @@ def test_a_file_of_concepts(
         assert 'device = "cpu"' in run
 
 
+def test_a_mistake_in_one_concept_leaves_the_folders_of_all_free(
+    root: Path, bases: dict[str, Path], tmp_path: Path
+) -> None:
+    pipe = atomtune.open_pipeline(str(bases["lumina2"]))
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    Image.new("RGB", (64, 64)).save(bare / "0.png")
+    jobs = [Job(data, tmp_path / "runs" / data.name, _options("sks dog")) for data in (root / "sks", bare)]
+    with pytest.raises(UserError, match="caption"):
+        train_many(pipe, jobs, progress=False)
+    assert not (tmp_path / "runs/sks").exists()
+    assert not getattr(pipe.transformer, "peft_config", None)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -113,7 +113,7 @@ def test_without_masks_the_subject_is_where_predictions_differ(pipe: Any, latent
 # -------------------------------------------------------------------------------------------------------- rank
 
 
-@pytest.mark.parametrize("formula", FORMULAS)
+@pytest.mark.parametrize("formula", sorted(FORMULAS.keys() - {"focus"}))
 def test_ranking_is_by_the_formula(pipe: Any, latents: torch.Tensor, formula: str) -> None:
     statistics = measured(pipe, latents)
     ranked = ranking(pipe, statistics, formula)
@@ -214,3 +214,16 @@ def test_strengths_are_put_back_even_after_an_error(pipe: Any) -> None:
     with pytest.raises(KeyError):
         inside()
     assert torch.equal(buffer, torch.ones(5))
+
+
+def test_focus_is_the_share_of_an_effect_that_is_on_the_subject(pipe: Any) -> None:
+    number, sites = [5.0, 0.0, 3.0, 1.0, 0.0], atom_layers(pipe.transformer)
+    beside = torch.tensor([5.0, 1.0, 4.0, 0.0, 0.0])
+    known = {"effect": torch.tensor(number), "effect_beside": beside, "density": beside, "purity": beside}
+    ranked = ranking(pipe, {site: dict(known) for site in sites}, "focus")
+    first = [atom for atom in ranked if atom.path == ranked[0].path]
+    assert [atom.row for atom in first] == [3, 0, 2, 1, 4]
+    assert [atom.importance for atom in first] == pytest.approx([1, 0.5, 0.36, 0, 0])
+    known.pop("effect_beside")
+    with pytest.raises(UserError, match="lack the effect_beside of some atoms"):
+        ranking(pipe, dict.fromkeys(sites, known), "focus")

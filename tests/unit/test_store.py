@@ -18,6 +18,7 @@ from atomtune.tuner import (
     AtomConfig,
     adapter_config,
     atom_layers,
+    attach,
     fingerprint,
     load,
     load_statistics,
@@ -26,6 +27,7 @@ from atomtune.tuner import (
     save,
 )
 from atomtune.tuner import store as module
+from atomtune.tuner.layer import AtomLinear
 
 
 class Net(nn.Module):
@@ -466,6 +468,28 @@ def test_the_patterns_of_a_stranger_are_not_run(folder: Path, field: str) -> Non
     assert set(found.target_modules or ()) == set(found.sites or ())
     assert not found.exclude_modules
     assert not found.layers_pattern
+    opened: Any = PeftModel.from_pretrained(net(), str(folder))
+    assert torch.equal(opened(X), model(X))
+
+
+def test_a_site_whose_name_ends_like_others_comes_back_alone(tmp_path: Path) -> None:
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = torch.nn.Linear(4, 4)
+            self.block = torch.nn.ModuleDict({"out": torch.nn.Linear(4, 4)})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.out(self.block["out"](x))
+
+    def seeded() -> Twice:
+        torch.manual_seed(0)
+        return Twice()
+
+    model, again = seeded(), seeded()
+    attach(model, AtomConfig(n_atoms=3, target_modules="out", exclude_modules=["block.out"]))
+    load(again, save(model, tmp_path / "run"))
+    assert [name for name, m in again.named_modules() if isinstance(m, AtomLinear)] == ["out"]
 
 
 def test_fingerprint() -> None:

@@ -19,21 +19,23 @@ class Command:
     """Train many concepts at once over one base, as a file lists them."""
 
     file: tyro.conf.Positional[Path]
-    """A TOML file: options of `atomtune train` for all, then a [[concepts]] table for each, with its data, out,
-    concept, class_noun, captions, trigger and seed."""
+    """A TOML file: options of `atomtune train` for all, then a [[concepts]] table for each, with its data,
+    and maybe out, concept, class_noun, trigger, seed and what it says of captions. Paths are as from where you are."""
     together: int = 8
     """Concepts that share a forward; memory grows with them."""
 
     def run(self) -> None:
         from atomtune.cli import command_line
-        from atomtune.training.many import OWN, Job, train_many
+        from atomtune.training.many import OWN, Job, check, train_many
 
         shared = [*BASE, *(field.name for field in dataclasses.fields(TrainOptions))]
         concepts = config.read_concepts(self.file, shared, ("data", "out", *OWN))
         plans = [tyro.cli(Planned, args=config.arguments(given), prog="atomtune many") for given in concepts]
+        jobs = [Job(plan.data, plan.folder, plan.options) for plan in plans]
+        check(jobs, self.together)
         done = train_many(
             plans[0].open(),
-            [Job(plan.data, plan.folder, plan.options) for plan in plans],
+            jobs,
             together=self.together,
             command=command_line(),
             settings=plans[0].settings,

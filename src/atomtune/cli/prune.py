@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -25,7 +25,7 @@ class Command:
     formula: str = "effect"
     """effect, focus, mean, mean_when_active, maximum or purity."""
     refit: int | None = None
-    """Steps, such as 40, in which what is left learns to do what all atoms did; needs --data."""
+    """Steps, such as 40, in which what is left learns to do what all atoms did, in float32; needs --data."""
     data: Path | None = None
     """What the run learned from, for --refit."""
     base: str | None = None
@@ -52,7 +52,8 @@ class Command:
         number = adapter.prune(amount, self.formula)
         if self.refit is not None and self.data is not None:
             adapter.remove()
-            adapter = refit(adapter.pipe, self.adapter, number, self.data, steps=self.refit, formula=self.formula)
+            told: dict[str, Any] = {"formula": self.formula, "allow_other_base": self.allow_other_base}
+            adapter = refit(adapter.pipe, self.adapter, number, self.data, steps=self.refit, **told)
         adapter.save(self.out)
         print(self.out)
         print(f"kept {number} of {before} atoms", file=sys.stderr)

@@ -87,7 +87,8 @@ class Knob:
     """How a trained method is turned down, and how far."""
 
     name: str = "full"
-    """full, scale, contain, atoms (a density, by a formula), purity (a threshold), or random (a density)."""
+    """full, scale, contain, atoms (a density, by a formula), purity (a threshold), or random (a density). What is not
+    turned but made anew has names of its own: svd, refit (densities), own-words, own-strong (until which time)."""
     value: float = 1.0
     formula: str | None = None
 
@@ -174,10 +175,12 @@ def obtain(fit: Fit, pipe: Any, folder: Path, name: str = NAME) -> Tuned:
 def refitted(fit: Fit, pipe: Any, folder: Path, keep: float) -> Tuned:
     """A trained method again, cut to a share of its components, which are then trained to do what all of them did."""
     facts = json.loads((folder / fit.key / "facts.json").read_text(encoding="utf-8"))
-    with tempfile.TemporaryDirectory() as data:
-        fit.lesson.write(Path(data) / "data")
-        with base_only(denoiser(pipe)):
-            material = prepare(pipe, backbone_of(pipe), Path(data) / "data", fit.options, folder / "run")
+
+    def material() -> Material:
+        with tempfile.TemporaryDirectory() as data, base_only(denoiser(pipe)):
+            fit.lesson.write(Path(data) / "data")
+            return prepare(pipe, backbone_of(pipe), Path(data) / "data", fit.options, folder / "run")
+
     return Tuned(pipe, facts, adapter=fewer(pipe, folder / fit.key / "adapter", material, fit.options, keep))
 
 

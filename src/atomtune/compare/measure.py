@@ -36,8 +36,8 @@ REFITTED = (Knob("refit", 0.1, "effect"),)
 """Turned there on the same, any gate held open: what is left is trained to do what all of it did."""
 
 OWN_WORDS = {Knob("own-words", 0.0): 1.0, Knob("own-words", 0.3): 1.0, Knob("own-strong", 0.3): 1.2}
-"""Turned there on the same: the strength at which asks in words that the lesson did not have are read in the lesson's,
-down to the knob's value of s."""
+"""Turned there and where one picture is edited, on the same: the strength at which asks in words that the lesson did
+not have are read in the lesson's, down to the knob's value of s."""
 
 SCALES = tuple(Knob("scale", v) for v in (1.4, 1.2, 0.9, 0.8, 0.6))
 FORMULAS = ("effect", "focus", "mean", "purity")

@@ -19,7 +19,7 @@ def read(path: Path, known: Collection[str]) -> dict[str, Any]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UserError(f"`config` can't be read: {path}: {error}.") from error
+        raise UserError(f"{path} can't be read: {error}.") from error
     _check(str(path), values, known)
     return values
 

@@ -31,7 +31,18 @@ TOGETHER = 8
 """Concepts that share a forward, by default: memory grows with them."""
 OWN = ("concept", "class_noun", "caption", "caption_extension", "caption_column", "trigger", "seed")
 """Options in which the concepts may differ."""
-ALONE = ("buckets", "shard", "sparsity", "dead", "validate_every", "held_out", "sample_every", "patience", "hub")
+ALONE = (
+    "buckets",
+    "shard",
+    "sparsity",
+    "dead",
+    "validate_every",
+    "held_out",
+    "sample_every",
+    "patience",
+    "trackers",
+    "hub",
+)
 """Options that `atomtune train` alone has: what they do reads a whole batch, or would not be shared."""
 
 
@@ -70,11 +81,14 @@ def train_many(
     try:
         with ExitStack() as stack:
             runs: list[Run] = []
+            prepared = []
             for name, job in zip(names, jobs, strict=True):
                 run_folder.check_free(job.out, job.options)
                 attach_atoms(pipe, backbone, job.options, name)
                 with base_only(base):
-                    material = prepare(pipe, backbone, job.data, job.options, job.out)
+                    prepared.append(prepare(pipe, backbone, job.data, job.options, job.out))
+            # Once nothing is known to be wrong with any: a second try finds all folders free.
+            for name, job, material in zip(names, jobs, prepared, strict=True):
                 run_folder.tell(material.scan, material.said)
                 own = {**(settings or {}), "data": job.data, "base": base_name(pipe)}
                 run_folder.claim(job.out, job.options, own, material.scan)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from tqdm import tqdm
 from atomtune.adapter import Adapter, load
 from atomtune.backbones import backbone_of, denoiser
 from atomtune.errors import UserError
-from atomtune.training import run_folder
+from atomtune.training import run_folder, validation
 from atomtune.training.batch import Batch
 from atomtune.training.ends import NAME, described, training_mode
 from atomtune.training.options import TrainOptions
@@ -46,39 +48,46 @@ def refit(
     *,
     steps: int = STEPS,
     formula: str = "effect",
+    allow_other_base: bool = False,
     progress: bool = True,
 ) -> Adapter:
     """A run's adapter with a share (or number) of its atoms, trained to predict what all of them did; attached.
 
     `data` is what the run learned from. On its pictures the target is the whole adapter's prediction, and the terms on
     unrelated ones are the run's own; the gate stays as it is. Cut, then trained from a teacher: Hinton et al. 2015,
-    arXiv 1503.02531. Raises UserError where `run` is not a run's folder, before anything is attached.
+    arXiv 1503.02531. Raises UserError, with nothing attached, where `run` is not a run's folder, on what `load` and
+    `prune` refuse, where an adapter named `default` or `whole` is attached already, and on bad data.
     """
-    run, base, backbone = Path(run), denoiser(pipe), backbone_of(pipe)
+    run, backbone = Path(run), backbone_of(pipe)
     if not (run / run_folder.OPTIONS).is_file():
         raise UserError(f"`refit` needs the folder of a run, with its {run_folder.OPTIONS}, got {run}.")
-    if steps < 1:
-        raise UserError(f"`refit` must be at least 1 step, got {steps}.")
     options = run_folder.stored(run, TrainOptions())
-    with base_only(base):
-        material = prepare(pipe, backbone, Path(data), options, run)
-    run_folder.check_data(run, material.scan, allow_changed=True)
-    return fewer(pipe, run, material, options, keep, steps=steps, formula=formula, progress=progress)
+
+    def material() -> Material:
+        with base_only(denoiser(pipe)):
+            found = prepare(pipe, backbone, Path(data), options, run)
+        run_folder.check_data(run, found.scan, allow_changed=True)
+        return validation.split(found, options.held_out, options.seed)[0]
+
+    told: dict[str, Any] = {"steps": steps, "formula": formula, "allow_other_base": allow_other_base}
+    return fewer(pipe, run, material, options, keep, progress=progress, **told)
 
 
 def fewer(
     pipe: Any,
     folder: Path,
-    material: Material,
+    material: Callable[[], Material],
     options: TrainOptions,
     keep: float | int,
     *,
     steps: int = STEPS,
     formula: str = "effect",
-    name: str = NAME,
+    allow_other_base: bool = False,
     progress: bool = False,
 ) -> Adapter:
-    """`refit` of the adapter in a folder, on pictures that are prepared, by a run of these options."""
+    """`refit` of the adapter in a folder by a run of these options, on what `material` prepares once all is checked."""
+    if steps < 1:
+        raise UserError(f"`refit` must be at least 1 step, got {steps}.")
     base, backbone, processes = denoiser(pipe), backbone_of(pipe), PartialState(cpu=pipe.vae.device.type == "cpu")
     given = dataclasses.replace(options, steps=steps, **AS_TRAINED)
 
@@ -88,19 +97,42 @@ def fewer(
             told = backbone.predict(base, batch.x[rows], batch.s[rows], batch.conditioning_of(rows))
         return torch.cat([told.to(batch.target), batch.target[batch.others]])
 
-    try:
-        load(pipe, folder, name=WHOLE)
-        load(pipe, folder, name=name).prune(keep, formula)
+    with _whole_and_cut(pipe, folder, keep, formula, allow_other_base):
+        prepared = material()
         with training_mode(base, given):
-            run = Run(pipe, backbone, material, given, folder, processes, name=name)
+            run = Run(pipe, backbone, prepared, given, folder, processes)
             run.teacher = taught
             for step in tqdm(range(steps), disable=not progress, unit="step", dynamic_ncols=True):
-                run.step(step)
+                try:
+                    run.step(step)
+                except UserError as error:
+                    raise UserError(f"`refit` is not finite at step {step + 1}. Give fewer steps.") from error
+        return described(pipe, backbone, prepared)
+
+
+@contextmanager
+def _whole_and_cut(pipe: Any, folder: Path, keep: float | int, formula: str, allow_other_base: bool) -> Iterator[None]:
+    """Inside, an adapter is attached twice, whole and cut; afterwards the cut one is left, after an error neither."""
+    base = denoiser(pipe)
+    flags = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
+    for name in (NAME, WHOLE):
+        if name in _attached(base):
+            raise UserError(f"`refit` attaches adapters named {NAME} and {WHOLE}: remove or rename yours first.")
+    try:
+        load(pipe, folder, name=WHOLE, allow_other_base=allow_other_base)
+        load(pipe, folder, name=NAME, allow_other_base=allow_other_base).prune(keep, formula)
+        yield
     except BaseException:
-        if name in (getattr(base, "peft_config", None) or {}):
-            remove_adapter(base, name)
+        if NAME in _attached(base):
+            remove_adapter(base, NAME)
         raise
     finally:
-        if WHOLE in (getattr(base, "peft_config", None) or {}):
+        if WHOLE in _attached(base):
             remove_adapter(base, WHOLE)
-    return described(pipe, backbone, material, name)
+        base.requires_grad_(False)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def _attached(base: Any) -> dict[str, Any]:
+    return getattr(base, "peft_config", None) or {}

@@ -52,9 +52,9 @@ class AtomModel(BaseTuner):
         """
         _check_name(model, adapter_name)
         try:
-            config = self._prepare_adapter_config(
-                copy.deepcopy(self.peft_config[adapter_name]), self.get_model_config(model)
-            )
+            config = copy.deepcopy(self.peft_config[adapter_name])
+            _name_sites(config)  # type: ignore[arg-type]
+            config = self._prepare_adapter_config(config, self.get_model_config(model))
             config.sites = _checked_sites(model, config, self._check_target_module_exists)
             gate.check_inputs(model, config)
             self.peft_config[adapter_name] = config
@@ -91,8 +91,9 @@ class AtomModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        n_atoms = peft_config.atoms_at(site_name(current_key))
-        if n_atoms == 0:
+        site = site_name(current_key)
+        n_atoms = peft_config.atoms_at(site)
+        if n_atoms == 0 or site not in peft_config.sites:  # its name may end like a site's
             return
         layer: Any = target
         while not isinstance(layer, AtomLinear) and hasattr(layer, "base_layer"):
@@ -167,6 +168,14 @@ def _check_name(model: nn.Module, adapter: str) -> None:
         raise UserError(f"An adapter's name must be without '.' and not empty, got {adapter!r}.")
     if any(adapter in m.r for m in model.modules() if isinstance(m, (AtomLinear, gate.PromptGates))):
         raise UserError(f"An adapter named {adapter!r} is already attached. Choose another name or delete it.")
+
+
+def _name_sites(config: AtomConfig) -> None:
+    """Patterns of a saved adapter, as the sites that they found: a stranger's regular expression may never end."""
+    patterns = isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str)
+    if config.sites is not None and (patterns or config.layers_pattern):
+        config.target_modules = [site for site in config.sites if config.atoms_at(site)] or config.sites
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
 
 
 def _checked_sites(model: nn.Module, config: AtomConfig, matches: Any) -> list[str]:

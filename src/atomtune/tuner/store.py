@@ -234,7 +234,6 @@ def load(
     folder = Path(folder).resolve()
     base = unwrap(model)
     config, tensors, shape = _read(folder)
-    _name_sites(config)
     noted = read_notes(folder)
     config.inference_mode = not trainable
     _check_base(base, config, allow_other_base)
@@ -250,14 +249,6 @@ def load(
             for key, target in targets.items():
                 target.copy_(tensors[key])
         notes(base, adapter).update(noted)
-
-
-def _name_sites(config: AtomConfig) -> None:
-    """Patterns as the sites that they found: a stranger's regular expression may never end."""
-    if isinstance(config.target_modules, str) or isinstance(config.exclude_modules, str) or config.layers_pattern:
-        sites = config.sites or []
-        config.target_modules = [site for site in sites if config.atoms_at(site)] or sites
-        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
 
 
 def load_statistics(folder: str | Path) -> dict[str, dict[str, Tensor]]:
