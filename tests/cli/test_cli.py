@@ -79,7 +79,7 @@ def test_every_field_of_a_command_is_in_its_help(capsys: pytest.CaptureFixture) 
         assert main([name, "--help"]) == 0
         shown = capsys.readouterr().out
         for field in dataclasses.fields(importlib.import_module(f"atomtune.cli.{FILES.get(name, name)}").Command):
-            positional = field.name in ("adapter", "picture", "prompts")
+            positional = field.name in ("adapter", "file", "picture", "prompts")
             assert (
                 positional or field.name in ("options", "training") or f"--{field.name.replace('_', '-')}" in shown
             ), field.name

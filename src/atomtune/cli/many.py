@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -18,7 +19,7 @@ from atomtune.training.options import TrainOptions
 class Command:
     """Train many concepts at once over one base, as a file lists them."""
 
-    file: tyro.conf.Positional[Path]
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
     """A TOML file: options of `atomtune train` for all, then a [[concepts]] table for each, with its data,
     and maybe out, concept, class_noun, trigger, seed and what it says of captions. Paths are as from where you are."""
     together: int = 8

@@ -46,7 +46,7 @@ EDIT_KNOBS = (
     *SCALES,
     *(Knob("atoms", v, f) for f in FORMULAS for v in (0.5, 0.25)),
     Knob("atoms", 0.75, "focus"),
-    *(Knob("purity", v) for v in (0.4, 0.6)),
+    *(Knob("purity", v) for v in (0.2, 0.4, 0.6)),
     Knob("random", 0.5),
 )
 """Turned where one picture is edited; on methods without components, `SCALES` alone."""
