@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -38,7 +38,6 @@ class Command:
     def run(self) -> None:
         from atomtune.cli.common import open_adapter
         from atomtune.errors import UserError
-        from atomtune.training.refit import refit
 
         amount = self.count if self.count is not None else self.keep
         if amount is None or (self.keep is not None and self.count is not None):
@@ -49,11 +48,21 @@ class Command:
             raise UserError("`refit` and `data` must be given together: steps, and what the run learned from.")
         adapter = open_adapter(self.adapter, self.base, self.allow_other_base, self.device)
         before = len(adapter.atoms)
-        number = adapter.prune(amount, self.formula)
-        if self.refit is not None and self.data is not None:
+        if self.refit is None or self.data is None:
+            adapter.prune(amount, self.formula)
+        else:
+            from atomtune.training.refit import refit
+
             adapter.remove()
-            told: dict[str, Any] = {"formula": self.formula, "allow_other_base": self.allow_other_base}
-            adapter = refit(adapter.pipe, self.adapter, number, self.data, steps=self.refit, **told)
+            adapter = refit(
+                adapter.pipe,
+                self.adapter,
+                amount,
+                self.data,
+                steps=self.refit,
+                formula=self.formula,
+                allow_other_base=self.allow_other_base,
+            )
         adapter.save(self.out)
         print(self.out)
-        print(f"kept {number} of {before} atoms", file=sys.stderr)
+        print(f"kept {len(adapter.atoms)} of {before} atoms", file=sys.stderr)

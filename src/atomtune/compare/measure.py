@@ -35,9 +35,9 @@ CONTAINED = tuple(Knob("contain", v) for v in (0.5, 0.75, 1.0))
 REFITTED = (Knob("refit", 0.1, "effect"),)
 """Turned there on the same, any gate held open: what is left is trained to do what all of it did."""
 
-OWN_WORDS = {Knob("own-words", 0.0): 1.0, Knob("own-words", 0.3): 1.0, Knob("own-strong", 0.3): 1.2}
-"""Turned there and where one picture is edited, on the same: the strength at which asks in words that the lesson did
-not have are read in the lesson's, down to the knob's value of s."""
+OWN_WORDS = {Knob("own-words", 0.0): FULL, Knob("own-words", 0.3): FULL, Knob("own-strong", 0.3): Knob("scale", 1.2)}
+"""Turned there and where one picture is edited, on the same: the knob beside which asks in words that the lesson did
+not have are read in the lesson's, down to a value of s."""
 
 SCALES = tuple(Knob("scale", v) for v in (1.4, 1.2, 0.9, 0.8, 0.6))
 FORMULAS = ("effect", "focus", "mean", "purity")
@@ -184,6 +184,8 @@ def _learned(cell: Cell, studio: Studio, lesson: Lesson, asks: list[Ask], learne
     same = tuned.gated and tuned.wide_open([a.words for a in asks])
     shut: Row | None = None
     leaks: dict[tuple[Knob, bool | None], Row] = {}
+    painted: dict[Knob, list[Any]] = {}
+    gated = _gates(tuned)[0]
     opened = False if tuned.gated else None
     points = [(knob, gate) for knob in STRENGTHS for gate in _gates(tuned)]
     if tuned.adapter is not None and cell.config["dials"]:
@@ -199,21 +201,20 @@ def _learned(cell: Cell, studio: Studio, lesson: Lesson, asks: list[Ask], learne
             else:
                 beyond = shut
         leaks[knob, gate] = beyond
+        if gate == gated:
+            painted[knob] = pictures
         row = tuned.facts | _knob(knob, gate) | tasks.score(pictures, asks, learned)
         yield row | tasks.inner_leak(neighbours, pictures[: len(pairs)], pairs) | beyond
     if tuned.adapter is not None and cell.config["dials"]:
         for knob in DIALS:
-            gate = True if tuned.gated else None
-            with _at(tuned, knob, gate):
+            with _at(tuned, knob, gated):
                 pictures = studio.paint(asks, noise)
                 inner = tasks.inner_leak(neighbours, pictures[: len(pairs)], pairs)
-                yield tuned.facts | _knob(knob, gate) | tasks.score(pictures, asks, learned) | inner
-        for knob, pictures in _in_own_words(tuned, studio, asks, lesson, noise):
+                yield tuned.facts | _knob(knob, gated) | tasks.score(pictures, asks, learned) | inner
+        for knob, pictures in _in_own_words(tuned, studio, asks, lesson, noise, painted):
             inner = tasks.inner_leak(neighbours, pictures[: len(pairs)], pairs)
-            strength = OWN_WORDS[knob]
-            gate = _gates(tuned)[0]
-            beyond = leaks[FULL if strength == 1 else Knob("scale", strength), gate]
-            yield tuned.facts | _knob(knob, gate) | tasks.score(pictures, asks, learned) | inner | beyond
+            row = tuned.facts | _knob(knob, gated) | tasks.score(pictures, asks, learned)
+            yield row | inner | leaks[OWN_WORDS[knob], gated]
         tuned.remove()
         for knob in REFITTED:
             few = refitted(fit_of(cell, lesson), studio.pipe, studio.folder / "fits", knob.value)
@@ -226,19 +227,21 @@ def _learned(cell: Cell, studio: Studio, lesson: Lesson, asks: list[Ask], learne
 
 
 def _in_own_words(
-    tuned: Tuned, studio: Studio, asks: Sequence[Ask], lesson: Lesson, noise: int
+    tuned: Tuned, studio: Studio, asks: Sequence[Ask], lesson: Lesson, noise: int, painted: Mapping[Knob, Sequence[Any]]
 ) -> Iterator[tuple[Knob, list[Any]]]:
-    """The asks painted at each knob of `OWN_WORDS`; nothing where the lesson has words for all of them."""
+    """The asks at each knob of `OWN_WORDS`; nothing where the lesson has words for all of them.
+
+    `painted` holds them by the knob beside it, in their own words.
+    """
     words = [tasks.own_words(ask, lesson) for ask in asks]
     other = [i for i, own in enumerate(words) if own]
     if not other:
         return
     instead = {said: own for table in words for said, own in table.items()}
-    for knob, strength in OWN_WORDS.items():
-        with _at(tuned, Knob("scale", strength), _gates(tuned)[0]):
-            pictures = studio.paint(asks, noise)
-            with tuned.reading(instead, knob.value):
-                again = studio.paint([asks[i] for i in other], [noise + i for i in other])
+    for knob, beside in OWN_WORDS.items():
+        pictures = list(painted[beside])
+        with _at(tuned, beside, _gates(tuned)[0]), tuned.reading(instead, knob.value):
+            again = studio.paint([asks[i] for i in other], [noise + i for i in other])
         for i, picture in zip(other, again, strict=True):
             pictures[i] = picture
         yield knob, pictures
@@ -265,11 +268,13 @@ def _edited(cell: Cell, studio: Studio, lesson: Lesson) -> Iterator[Row]:
     tuned = _tuned(cell, studio, lesson)
     gate = True if tuned.gated else None
     knobs = EDIT_KNOBS if tuned.adapter is not None else (FULL, *SCALES)
+    painted = {}
     for knob, pictures in sweep(knobs, lambda knob: _at(tuned, knob, gate), lambda: studio.paint(asks, noise)):
+        painted[knob] = pictures
         for row in _kinds(pictures, asks):
             yield tuned.facts | _knob(knob, gate) | row
     if tuned.adapter is not None:
-        for knob, pictures in _in_own_words(tuned, studio, asks, lesson, noise):
+        for knob, pictures in _in_own_words(tuned, studio, asks, lesson, noise, painted):
             for row in _kinds(pictures, asks):
                 yield tuned.facts | _knob(knob, gate) | row
     if parse(cell.method)[0] in COMPONENTS:

@@ -23,7 +23,7 @@ from atomtune.training.memory import Measured, Memory
 from atomtune.training.options import TrainOptions
 from atomtune.training.run_folder import say
 from atomtune.training.trackers import chosen
-from atomtune.tuner import atom_layers, prompt_gate, remove_adapter
+from atomtune.tuner import atom_layers, discard_adapters, prompt_gate
 
 CUT = 0.1
 """Share of a picture that may be cut off before it is told."""
@@ -259,8 +259,7 @@ def _adapt(
             if samples and adapted is not None and not found.problems:
                 cost, needed = _needs(pipe, backbone, samples, own, (kept_prompts, held), options, steps)
     finally:
-        if NAME in (getattr(base, "peft_config", None) or {}):
-            remove_adapter(base, NAME)
+        discard_adapters(base, NAME)
         for parameter, trained in before.items():
             parameter.requires_grad_(trained)
     return adapted, cost, needed

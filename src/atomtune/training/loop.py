@@ -28,7 +28,7 @@ from atomtune.training.processes import shard, wants_shards
 from atomtune.training.run import Run
 from atomtune.training.run_folder import say
 from atomtune.training.trackers import Trackers, chosen
-from atomtune.tuner import adapter_config, base_only, fingerprint, remove_adapter
+from atomtune.tuner import adapter_config, base_only, discard_adapters, fingerprint
 
 
 def train(
@@ -97,8 +97,7 @@ def train(
                 state.steps(progress, stop)
                 return _finish(state, command)
     except BaseException:
-        if NAME in (getattr(base, "peft_config", None) or {}):
-            remove_adapter(base, NAME)
+        discard_adapters(base, NAME)
         raise
 
 

@@ -25,7 +25,7 @@ from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import prepare
 from atomtune.training.run import Run
 from atomtune.training.run_folder import say
-from atomtune.tuner import activate, assigned, base_only, record, remove_adapter
+from atomtune.tuner import activate, assigned, base_only, discard_adapters, record
 
 TOGETHER = 8
 """Concepts that share a forward, by default: memory grows with them."""
@@ -102,9 +102,7 @@ def train_many(
             for run in runs:
                 _finish(run, command)
     finally:
-        attached = getattr(base, "peft_config", None) or {}
-        for name in [name for name in names if name in attached]:
-            remove_adapter(base, name)
+        discard_adapters(base, *names)
     return [job.out for job in jobs]
 
 

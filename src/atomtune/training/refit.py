@@ -22,7 +22,7 @@ from atomtune.training.ends import NAME, described, training_mode
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import Material, prepare
 from atomtune.training.run import Run
-from atomtune.tuner import assigned, base_only, open_gate, remove_adapter
+from atomtune.tuner import assigned, base_only, discard_adapters, open_gate
 
 STEPS = 40
 """Steps, where nothing is said: at the run's own rate they are a fifth of its cost (LOG.md)."""
@@ -69,8 +69,17 @@ def refit(
         run_folder.check_data(run, found.scan, allow_changed=True)
         return validation.split(found, options.held_out, options.seed)[0]
 
-    told: dict[str, Any] = {"steps": steps, "formula": formula, "allow_other_base": allow_other_base}
-    return fewer(pipe, run, material, options, keep, progress=progress, **told)
+    return fewer(
+        pipe,
+        run,
+        material,
+        options,
+        keep,
+        steps=steps,
+        formula=formula,
+        allow_other_base=allow_other_base,
+        progress=progress,
+    )
 
 
 def fewer(
@@ -115,24 +124,17 @@ def _whole_and_cut(pipe: Any, folder: Path, keep: float | int, formula: str, all
     """Inside, an adapter is attached twice, whole and cut; afterwards the cut one is left, after an error neither."""
     base = denoiser(pipe)
     flags = [(parameter, parameter.requires_grad) for parameter in base.parameters()]
-    for name in (NAME, WHOLE):
-        if name in _attached(base):
-            raise UserError(f"`refit` attaches adapters named {NAME} and {WHOLE}: remove or rename yours first.")
+    if {NAME, WHOLE} & (getattr(base, "peft_config", None) or {}).keys():
+        raise UserError(f"`refit` attaches adapters named {NAME} and {WHOLE}: remove or rename yours first.")
     try:
         load(pipe, folder, name=WHOLE, allow_other_base=allow_other_base)
         load(pipe, folder, name=NAME, allow_other_base=allow_other_base).prune(keep, formula)
         yield
     except BaseException:
-        if NAME in _attached(base):
-            remove_adapter(base, NAME)
+        discard_adapters(base, NAME)
         raise
     finally:
-        if WHOLE in _attached(base):
-            remove_adapter(base, WHOLE)
+        discard_adapters(base, WHOLE)
         base.requires_grad_(False)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-
-
-def _attached(base: Any) -> dict[str, Any]:
-    return getattr(base, "peft_config", None) or {}

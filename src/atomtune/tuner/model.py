@@ -368,6 +368,14 @@ def base_only(model: Any) -> Iterator[None]:
             layer._disable_adapters = flag
 
 
+def discard_adapters(model: Any, *adapters: str) -> None:
+    """`remove_adapter` of those among these that are attached."""
+    base = unwrap(model)
+    for adapter in adapters:
+        if adapter in (getattr(base, "peft_config", None) or {}):
+            remove_adapter(base, adapter)
+
+
 def remove_adapter(model: Any, adapter: str = "default") -> None:
     """Take an adapter off, however it was attached, and unwrap the sites that no adapter uses any more."""
     base: Any = unwrap(model)

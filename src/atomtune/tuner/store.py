@@ -27,7 +27,7 @@ from atomtune.files import key as digest_of
 from . import gate
 from .config import FORMAT_VERSION, AtomConfig
 from .layer import AtomLinear
-from .model import adapter_config, atom_layers, attach, remove_adapter, site_name, unwrap
+from .model import adapter_config, atom_layers, attach, discard_adapters, site_name, unwrap
 from .notes import NOTES, Notes, notes, notes_text, read_notes
 from .register import NAME
 
@@ -350,8 +350,7 @@ def _untouched_on_error(model: Any, base: nn.Module, adapter: str) -> Iterator[N
     try:
         yield
     except Exception:
-        if adapter in (getattr(base, "peft_config", None) or {}):
-            remove_adapter(model, adapter)
+        discard_adapters(model, adapter)
         for layer, names in active:
             layer._active_adapter = names
         for parameter, flag in trainable:
