@@ -14,55 +14,54 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .kills import at_write, count_writes
 from .workplace import Place, Tally, room, run
 
-Free = Callable[[], None]
+Act = Callable[[], None]
 
 
 def disk(place: Place, count: int, seed: int) -> Tally:
-    """Runs on a disk of a size drawn between nothing and all that a run needs; then it grows, and they go on."""
+    """Runs on a disk that others fill, but for some pages, before the nth file operation; then they go on."""
     place, lots = place.watched(), random.Random(seed + 3)
     mounts = _can_mount(place.folder)
-    what = "a tmpfs of a random size" if mounts else "RLIMIT_FSIZE at a random size"
-    tally = Tally("disk full", f"{what}: one line, exit code 2; with space again the run ends bit-equal")
+    what = "a tmpfs that others fill" if mounts else "RLIMIT_FSIZE falls"
+    tally = Tally(
+        "disk full", f"{what} before a random file operation: one line, exit code 2; with space again the end bit-equal"
+    )
     room(place, "disk", cached=False)
-    need = _size(place.truth.parent)
+    size, moments = 4 * _size(place.truth.parent), count_writes(place)
     met: Counter[str] = Counter()
     for trial in range(count):
         if place.late():
             break
-        begin = f"{trial + 1} of {count}"
-        with (_small_disk if mounts else _small_files)(place.folder / "disk", lots.randint(4096, need)) as (
-            before,
-            free,
-        ):
+        moment, left = lots.randint(1, moments), 4096 * lots.randint(0, 8)
+        with (_disk if mounts else _files)(place.folder / "disk", size, left) as (fill, free):
             out = place.folder / "disk" / "run"
-            first = run(place.train(out), place, before=before)
-            fault = first.fault() or _refused(place, out, before, first.code)
+            first = run(place.train(out), place, before=at_write(place, moment, fill))
+            fault = first.fault() or _refused(place, out, fill, first.code)
             free()
             last = run(place.go_on(out), place) if fault is None and first.code else first
             fault = fault or last.fault() or (f"with space again: {last.last}" if last.code else place.differs(out))
             stage = _stage(first.text, first.code)
             met[stage] += 1
-            print(f"  {begin}: {stage}, {fault or 'bit-equal'}", file=sys.stderr, flush=True)
-        tally.note(fault and f"{stage}: {fault}")
+            print(f"  {trial + 1} of {count}: {stage}, {fault or 'bit-equal'}", file=sys.stderr, flush=True)
+        tally.note(fault and f"{stage}, operation {moment}, {left} bytes left: {fault}")
     tally.facts |= {f"met at {stage}": number for stage, number in sorted(met.items())}
     return tally
 
 
-def _refused(place: Place, out: Path, before: Callable[[], None], code: int) -> str | None:
+def _refused(place: Place, out: Path, fill: Act, code: int) -> str | None:
     """What is wrong with a second try on the full disk."""
-    if not code:
-        return None
-    again = run(place.go_on(out), place, before=before)
-    return again.fault()
+    return run(place.go_on(out), place, before=fill).fault() if code else None
 
 
 def _stage(text: str, code: int) -> str:
     """Where the disk was full."""
+    if "pictures at step" in text:
+        return "a sample"
     if not code:
-        return "a sample" if "failed: " in text else "nothing"
-    last = text.strip().splitlines()[-1]
+        return "nothing"
+    written = text.strip().splitlines()[-1].partition("Could not write")[2].partition(":")[0]
     for sign, stage in (
         (".cache", "the cache"),
         ("log", "the log"),
@@ -74,7 +73,7 @@ def _stage(text: str, code: int) -> str:
         ("config", "the claim"),
         ("data.json", "the claim"),
     ):
-        if sign in last.partition("Could not write")[2].partition(":")[0]:
+        if sign in written:
             return stage
     return "the adapter"
 
@@ -96,26 +95,31 @@ def _can_mount(folder: Path) -> bool:
 
 
 @contextmanager
-def _small_disk(folder: Path, size: int) -> Iterator[tuple[Callable[[], None], Free]]:
-    """(what a child does first: nothing, what gives it space again)."""
+def _disk(folder: Path, size: int, left: int) -> Iterator[tuple[Act, Act]]:
+    """(what takes all its space but for some bytes, what gives space again), of a disk of a size."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
+
+    def fill() -> None:
+        space = os.statvfs(folder)
+        with (folder / "others").open("ab") as file:
+            file.write(bytes(max(0, space.f_bavail * space.f_frsize - left)))
+
     try:
-        more = ["mount", "-o", "remount,size=256m", str(folder)]
-        yield lambda: None, lambda: subprocess.run(more, check=True) and None  # type: ignore[func-returns-value]
+        yield fill, lambda: (folder / "others").unlink(missing_ok=True)
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @contextmanager
-def _small_files(folder: Path, size: int) -> Iterator[tuple[Callable[[], None], Free]]:
-    """The same without a disk of one's own: no file may grow beyond a size."""
+def _files(folder: Path, size: int, left: int) -> Iterator[tuple[Act, Act]]:
+    """The same without a disk of one's own: no file of that process may grow beyond what is left."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
 
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 32, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (left, resource.RLIM_INFINITY))
 
     yield limit, lambda: None

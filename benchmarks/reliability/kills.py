@@ -49,6 +49,26 @@ def at_random_writes(place: Place, count: int, seed: int) -> Tally:
         "the same, killed as a file is opened, renamed or removed; with validation and pictures",
     )
     place, lots = place.watched(), random.Random(seed + 2)
+    tally.facts["moments"] = writes = count_writes(place)
+
+    def attempt(out: Path) -> Ended:
+        before = at_write(place, lots.randint(1, writes), lambda: os.kill(os.getpid(), signal.SIGKILL))
+        return run(place.go_on(out), place, before=before)
+
+    return _until(place, tally, count, lots, attempt)
+
+
+def at_write(place: Place, chosen: int, act: Callable[[], None]) -> Callable[[], None]:
+    """What a command begins with, so that `act` comes just before its nth file operation."""
+
+    def begin() -> None:
+        _on_writes(place, lambda number: act() if number == chosen else None)
+
+    return begin
+
+
+def count_writes(place: Place) -> int:
+    """How many operations of a whole run change a file."""
     counted = place.folder / "writes"
 
     def count_them() -> None:
@@ -56,19 +76,7 @@ def at_random_writes(place: Place, count: int, seed: int) -> Tally:
         _at_exit(lambda: counted.write_text(str(writes[0])))
 
     run(place.train(room(place, "life", cached=False)), place, before=count_them)
-    writes = int(counted.read_text())
-    tally.facts["moments"] = writes
-
-    def attempt(out: Path) -> Ended:
-        chosen = lots.randint(1, writes)
-
-        def die(number: int) -> None:
-            if number == chosen:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        return run(place.go_on(out), place, before=lambda: _on_writes(place, die) and None)
-
-    return _until(place, tally, count, lots, attempt)
+    return int(counted.read_text())
 
 
 def _on_writes(place: Place, act: Callable[[int], None]) -> list[int]:

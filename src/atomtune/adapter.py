@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Self, cast
+
+import torch
+from torch import Tensor
 
 from atomtune import atoms as _atoms
 from atomtune import tuner
@@ -23,6 +26,9 @@ Steering = Sequence[Steer] | Mapping[str, Sequence[Steer]]
 
 OwnWords = Mapping[str, str] | Mapping[str, Mapping[str, str]]
 """Words of a prompt and what is read instead, or by part of a mixture."""
+
+REACH = {"contain": ("reach", "on unrelated pictures"), "beside": ("reach_beside", "beside the subject")}
+"""Dials that keep codes off up to a share of what they reached, the statistic that tells it, and where that was."""
 
 
 class Atoms:
@@ -76,6 +82,7 @@ class Adapter:
         *,
         purity: float = 0.0,
         contain: float = 0.0,
+        beside: float = 0.0,
         own_words: OwnWords | None = None,
         own_until: float = UNTIL,
     ) -> Iterator[Self]:
@@ -87,6 +94,7 @@ class Adapter:
         adapter, or a table of single atoms by name, which `atoms` is too. `steer`: strengths that hold at some times,
         places or words (of a mixture also by part); all of them multiply. `contain`: an atom fires only where its code
         is above this share of the most that it reached on unrelated pictures; at 1 it is silent on all of those.
+        `beside`: likewise, of the most that it reached beside the subject in its own pictures.
         `own_words`: codes on the picture are read as if the prompt said these words instead, down to the time
         `own_until` (1 is noise, 0 the picture); of a mixture, by part.
         """
@@ -99,7 +107,7 @@ class Adapter:
         with ExitStack() as stack:
             stack.enter_context(_atoms.strengths(self.pipe, scaled, self.name))
             stack.enter_context(self.steered(steer, ranked))
-            stack.enter_context(self.contained(contain))
+            stack.enter_context(self.contained(contain, beside))
             stack.enter_context(self.worded(own_words or {}, own_until))
             yield self
 
@@ -115,21 +123,22 @@ class Adapter:
             raise UserError(f"`steer` by part is for mixtures, and {self.name} is none. Give a list.")
         return steered(self.pipe, steer, ranked, self.name)
 
-    def contained(self, contain: float) -> AbstractContextManager[None]:
-        """Inside, its atoms fire only above this share of what they reached on unrelated pictures."""
-        if not (math.isfinite(contain) and contain >= 0):
-            raise UserError(f"`contain` must be 0 or more, got {contain}.")
-        if contain == 0:
-            return nullcontext()
-        missing = [site for site, s in self.statistics.items() if "reach" not in s]
-        if missing:
-            raise UserError(
-                f"`contain` needs what atoms reach on unrelated pictures, which {self.name} was saved without "
-                f"(at {missing[0]}). Train it with unrelated pictures."
-            )
-        return _atoms.contained(
-            self.pipe, {site: contain * s["reach"] for site, s in self.statistics.items()}, self.name
-        )
+    def contained(self, contain: float = 0.0, beside: float = 0.0) -> AbstractContextManager[None]:
+        """Inside, its atoms fire only above shares of what they reached: on unrelated pictures, beside the subject."""
+        floors: dict[str, Tensor] = {}
+        for name, share in {"contain": contain, "beside": beside}.items():
+            if not (math.isfinite(share) and share >= 0):
+                raise UserError(f"`{name}` must be 0 or more, got {share}.")
+            statistic, where = REACH[name]
+            for site, found in self.statistics.items() if share else ():
+                if statistic not in found:
+                    raise UserError(
+                        f"`{name}` needs what atoms reach {where}, which {self.name} was saved without (at {site}). "
+                        "Train it again."
+                    )
+                floor = share * found[statistic]
+                floors[site] = torch.maximum(floors[site], floor) if site in floors else floor
+        return _atoms.contained(self.pipe, floors, self.name)
 
     def prune(self, keep: float | int, formula: str = "effect") -> int:
         """Keep a share (a float in (0, 1]) or a number (an int) of the atoms for good; returns how many."""

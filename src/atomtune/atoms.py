@@ -228,7 +228,8 @@ def noised_pass(
 
 def _tensors(seen: Seen, layer: Any, adapter: str) -> dict[str, Tensor]:
     found = {name: getattr(seen.everywhere, name) for name in ("density", "mean", "mean_when_active", "maximum")}
-    found |= {"purity": seen.picture.purity, "by_time": seen.everywhere.by_time.T.contiguous()}
+    found |= {"purity": seen.picture.purity, "reach_beside": seen.picture.maximum_beside}
+    found["by_time"] = seen.everywhere.by_time.T.contiguous()
     found["norm"] = layer.dictionary(adapter).atoms.detach().norm(dim=1).double().cpu()
     return {name: values.float() for name, values in found.items()}
 

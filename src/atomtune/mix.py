@@ -79,11 +79,11 @@ class Mixture(Adapter):
             yield
 
     @contextmanager
-    def contained(self, contain: float) -> Iterator[None]:
+    def contained(self, contain: float = 0.0, beside: float = 0.0) -> Iterator[None]:
         """Inside, all parts are."""
         with ExitStack() as stack:
             for part in self.parts.values():
-                stack.enter_context(part.contained(contain))
+                stack.enter_context(part.contained(contain, beside))
             yield
 
     @contextmanager
@@ -272,7 +272,9 @@ def merge(mixture: Mixture, name: str = "merged") -> Adapter:
             sizes = table.keys() & {"norm", "effect", "effect_beside"}
             scaled = table | {k: table[k] * abs(mixture.weights[part]) for k in sizes}
             before = statistics.get(site)
-            statistics[site] = {k: torch.cat([before[k], t]) for k, t in scaled.items()} if before else scaled
+            statistics[site] = (
+                {k: torch.cat([before[k], t]) for k, t in scaled.items() if k in before} if before else scaled
+            )
     merged = Adapter(mixture.pipe, statistics, name)
     sites = tuner.adapter_config(mixture.pipe, name).sites or []
     old = {f"L{sites.index(a.path)}[{a.id + offsets[a.part]}]": a for a in atoms}

@@ -27,7 +27,7 @@ def test_a_grid_is_measured_once_and_told(tmp_path: Path, capsys: pytest.Capture
     assert str(tmp_path) not in json.dumps(stored)
     full = [r for r in stored["rows"] if r["method"] == "atoms" and r["knob"] == "full"]
     assert {r["gate"] for r in full} == {True, False}
-    turned = {"full", "atoms", "scale", "contain", "own-words", "own-strong", "refit"}
+    turned = {"full", "atoms", "scale", "contain", "beside", "contain-beside", "own-words", "own-strong", "refit"}
     assert {r["knob"] for r in stored["rows"] if r["method"] == "atoms"} == turned
     assert (tmp_path / "results/customization-alignment.svg").is_file()
     written = {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").glob("*.json")}

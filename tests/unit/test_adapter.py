@@ -74,38 +74,50 @@ def test_dials_turn_and_return(adapter: atomtune.Adapter) -> None:
     assert np.array_equal(paint(adapter.pipe), full)
 
 
-def test_contained_atoms_fire_only_above_what_they_reach_elsewhere(adapter: atomtune.Adapter) -> None:
+@pytest.mark.parametrize(
+    ("dial", "statistic", "where"),
+    [("contain", "reach", "on unrelated pictures"), ("beside", "reach_beside", "beside the subject")],
+)
+def test_contained_atoms_fire_only_above_what_they_reach_elsewhere(
+    adapter: atomtune.Adapter, dial: str, statistic: str, where: str
+) -> None:
     full = paint(adapter.pipe)
     with adapter.using(density=0.0):
         base = paint(adapter.pipe)
-    highest = {site: s["reach"].clone() for site, s in adapter.statistics.items()}
+    highest = {site: s[statistic].clone() for site, s in adapter.statistics.items()}
     assert any(r.any() for r in highest.values())
-    with adapter.using(contain=1.0):
+    with adapter.using(**{dial: 1.0}):
         assert all(
             torch.equal(layer.floors["default"], highest[site]) for site, layer in atom_layers(adapter.pipe).items()
         )
-        with adapter.using(contain=0.5):  # the inner one holds, then the outer one again
+        with adapter.using(**{dial: 0.5}):  # the inner one holds, then the outer one again
             assert not np.array_equal(paint(adapter.pipe), full)
         assert not np.array_equal(paint(adapter.pipe), full)
     assert all("default" not in layer.floors for layer in atom_layers(adapter.pipe).values())
     assert np.array_equal(paint(adapter.pipe), full)
     for s in adapter.statistics.values():
-        s["reach"] = torch.full_like(s["reach"], 1e9)
-    with adapter.using(contain=1):
+        s[statistic] = torch.full_like(s[statistic], 1e9)
+    with adapter.using(**{dial: 1}):
         assert np.array_equal(paint(adapter.pipe), base), "no code is above its floor"
     for s in adapter.statistics.values():
-        del s["reach"]
-    with (
-        pytest.raises(UserError, match="`contain` needs what atoms reach on unrelated pictures"),
-        adapter.using(contain=1),
-    ):
+        del s[statistic]
+    message = f"`{dial}` needs what atoms reach {where}"
+    with pytest.raises(UserError, match=message), adapter.using(**{dial: 1}):
         pass
+
+
+def test_the_higher_of_two_floors_holds(adapter: atomtune.Adapter) -> None:
+    with adapter.using(contain=0.5, beside=1.0):
+        for site, layer in atom_layers(adapter.pipe).items():
+            found = adapter.statistics[site]
+            assert torch.equal(layer.floors["default"], torch.maximum(0.5 * found["reach"], found["reach_beside"]))
 
 
 @pytest.mark.parametrize(
     ("dials", "message"),
     [
         ({"contain": -0.1}, "`contain` must be 0 or more, got -0.1"),
+        ({"beside": math.inf}, "`beside` must be 0 or more, got inf"),
         ({"density": 1.5}, "`density` must be between 0 and 1, got 1.5"),
         ({"density": math.nan}, "`density` must be between 0 and 1"),
         ({"strength": math.inf}, "`strength` must be a finite number"),

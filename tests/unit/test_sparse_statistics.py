@@ -4,7 +4,7 @@ import torch
 from atomtune.sparse import IMPORTANCE, CodeStatistics, importance
 
 ARRAYS = ["density", "mean", "mean_when_active", "maximum", "energy", "dead", "by_time"]
-ARRAYS += ["on_subject", "on_background", "purity"]
+ARRAYS += ["on_subject", "on_background", "purity", "maximum_beside"]
 
 
 def batches(count: int = 3) -> list[dict[str, torch.Tensor]]:
@@ -70,6 +70,16 @@ def test_what_was_not_seen_is_nan():
     assert statistics.dead.tolist() == [False, True, False]
     statistics.update(torch.tensor([[[1.0, 0.0, 2.0], [0.0, 0.0, 2.0]]]), mask=torch.tensor([[True, False]]))
     assert statistics.purity.tolist() == pytest.approx([1.0, float("nan"), 0.5], nan_ok=True)
+
+
+def test_the_largest_code_beside_the_subject():
+    statistics = CodeStatistics(2)
+    codes = torch.tensor([[[9.0, -9.0], [1.0, 0.0], [2.0, -3.0]]])
+    statistics.update(codes)
+    assert statistics.maximum_beside.tolist() == [0.0, 0.0], "nobody said where the subject is"
+    statistics.update(codes, mask=torch.tensor([[0.5, 0.4, 0.0]]))
+    assert statistics.maximum_beside.tolist() == [2.0, 3.0]
+    assert statistics.maximum.tolist() == [9.0, 9.0]
 
 
 def test_signed_and_bfloat16_codes():

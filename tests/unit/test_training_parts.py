@@ -18,7 +18,7 @@ from atomtune.data.folder import Scan, Skipped
 from atomtune.errors import UserError
 from atomtune.training import gating, run_folder
 from atomtune.training.masks import surprise
-from atomtune.training.objective import DENSITIES, error, times
+from atomtune.training.objective import DENSITIES, error, mean_l0, real_positions, sparsity, times
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import gate_prompts, pictured, prepare, spoken, unrelated_list
 from atomtune.training.start import discriminants
@@ -188,6 +188,18 @@ def test_a_scheduler_that_predicts_something_else_is_told() -> None:
 
     with pytest.raises(UserError, match="predicts epsilon or v_prediction, got 'sample'"):
         scheduled(SimpleNamespace(scheduler=DDIMScheduler(prediction_type="sample")))
+
+
+def test_padding_counts_in_no_term() -> None:
+    pixart = next(b for b in BACKBONES.values() if b.family == "PixArt-Sigma")
+    words = {"encoder_hidden_states": torch.zeros(3, 4, 8), "encoder_attention_mask": torch.tensor([[1, 1, 0, 0]] * 3)}
+    codes = torch.ones(3, 4, 2)
+    codes[:, 2:] = 100.0
+    found = real_positions({"b.attn2.to_k": [codes]}, pixart, words, (2, 2), slice(0, 2))
+    assert found["b.attn2.to_k"].shape == (4, 2)
+    assert sparsity(found, {"b.attn2.to_k": torch.ones(2, 4)}) == 2 * 2
+    codes[:, 2:] = 0.0
+    assert mean_l0(real_positions({"b.attn2.to_k": [codes]}, pixart, words, (2, 2), slice(None))) == 2
 
 
 # ----------------------------------------------------------------------------------------------- preparation

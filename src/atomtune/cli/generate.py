@@ -48,6 +48,8 @@ class Command:
     """Until which time own words hold: 1 is noise, 0 the picture. Lower is more of the subject, less of the prompt."""
     contain: float = 0.0
     """How contained atoms are: each fires only above this share of what it reached on unrelated pictures; 0 to 1."""
+    beside: float = 0.0
+    """Likewise, of what it reached beside the subject in the concept's own pictures; 0 to 1."""
     steps: int | None = None
     """Steps of the sampler. None: the pipeline's default."""
     guidance: float | None = None
@@ -68,7 +70,8 @@ class Command:
         adapter = open_adapter(self.adapter, self.base, self.allow_other_base, self.device)
         for name, value in dials.get("atoms", {}).items():
             print(f"{adapter.atoms[name].title} at {value:g}", file=sys.stderr)
-        with adapter.using(density=parse_density(self.density), purity=self.purity, contain=self.contain, **dials):
+        dials |= {"purity": self.purity, "contain": self.contain, "beside": self.beside}
+        with adapter.using(parse_density(self.density), **dials):
             pictures = atomtune.generate(
                 adapter.pipe, self.prompts, seed=self.seed, steps=self.steps, guidance=self.guidance
             )

@@ -87,8 +87,9 @@ class Knob:
     """How a trained method is turned down, and how far."""
 
     name: str = "full"
-    """full, scale, contain, atoms (a density, by a formula), purity (a threshold), or random (a density). What is not
-    turned but made anew has names of its own: svd, refit (densities), own-words, own-strong (until which time)."""
+    """full, scale, contain, beside, contain-beside (both), atoms (a density, by a formula), purity (a threshold) or
+    random (a density). What is not turned but made anew has names of its own: svd, refit (densities), own-words,
+    own-strong (until which time)."""
     value: float = 1.0
     formula: str | None = None
 
@@ -114,8 +115,10 @@ class Tuned:
         assert self.adapter is not None
         if knob.name == "scale":
             return self.adapter.using(strength=knob.value)
-        if knob.name == "contain":
-            return self.adapter.using(contain=knob.value)
+        if knob.name in ("contain", "beside"):
+            return self.adapter.using(**{knob.name: knob.value})
+        if knob.name == "contain-beside":
+            return self.adapter.using(contain=knob.value, beside=knob.value)
         if knob.name == "atoms":
             return self.adapter.using(density=knob.value, formula=knob.formula or "effect")
         if knob.name == "purity":

@@ -29,7 +29,7 @@ STRENGTHS = (FULL, Knob("scale", 1.2), Knob("scale", 1.4))
 DIALS = (*(Knob("atoms", v, "effect") for v in (0.5, 0.25, 0.1)), Knob("atoms", 0.25, "mean"), Knob("scale", 0.8))
 """Turned there on methods that have components."""
 
-CONTAINED = tuple(Knob("contain", v) for v in (0.5, 0.75, 1.0))
+CONTAINED = (*(Knob("contain", v) for v in (0.5, 0.75, 1.0)), Knob("beside", 1.0), Knob("contain-beside", 1.0))
 """Turned there on the same, any gate held open: what codes contain by themselves."""
 
 REFITTED = (Knob("refit", 0.1, "effect"),)
@@ -47,6 +47,7 @@ EDIT_KNOBS = (
     *(Knob("atoms", v, f) for f in FORMULAS for v in (0.5, 0.25)),
     Knob("atoms", 0.75, "focus"),
     *(Knob("purity", v) for v in (0.2, 0.4, 0.6)),
+    *(Knob("beside", v) for v in (0.25, 0.5, 0.75, 1.0)),
     Knob("random", 0.5),
 )
 """Turned where one picture is edited; on methods without components, `SCALES` alone."""
@@ -192,7 +193,7 @@ def _learned(cell: Cell, studio: Studio, lesson: Lesson, asks: list[Ask], learne
         points += [(knob, opened) for knob in CONTAINED]
     for knob, gate in points:
         with _at(tuned, knob, gate):
-            if gate is not False or not same or knob.name == "contain":
+            if gate is not False or not same or knob in CONTAINED:
                 pictures = studio.paint(asks, noise)
             # A gate that was shut for all that is not the concept is so at every strength.
             if not gate or shut is None:

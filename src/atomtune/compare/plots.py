@@ -28,6 +28,9 @@ LINE = ("method", "prior", "gate", "size")
 SWEEP = (*LINE, "knob", "formula")
 """What makes entries the points of one method, and of one sweep of it."""
 
+THRESHOLDS = ("purity", "contain", "beside", "contain-beside")
+"""Knobs at which 0 removes nothing; of the others it is 1."""
+
 FAMILIES = {
     "ours": ("#D55E00", "atoms"),
     "low-rank": ("#0072B2", "adalora delora dora gralora hira lora miss olora pissa randlora rslora topk_lora"),
@@ -160,8 +163,7 @@ def _sweeps(entries: Sequence[Row]) -> list[list[Row]]:
     sweeps = _groups([entry for entry in entries if not _is_full(entry)], SWEEP)
     for points in sweeps:
         same = [e for e in entries if _is_full(e) and all(e.get(k) == points[0].get(k) for k in LINE)]
-        # Both are thresholds: at 0 nothing is removed.
-        end = {"knob_value": 0.0 if points[0]["knob"] in ("purity", "contain") else 1.0}
+        end = {"knob_value": 0.0 if points[0]["knob"] in THRESHOLDS else 1.0}
         points += [{**entry, **{k: points[0].get(k) for k in SWEEP}, **end} for entry in same[:1]]
         points.sort(key=lambda entry: float(entry["knob_value"]))
     return sweeps

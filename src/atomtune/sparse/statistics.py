@@ -22,7 +22,7 @@ class CodeStatistics:
         self._sums = {
             name: torch.zeros(*shape, n_atoms, dtype=torch.float64)
             for name, shape in {
-                "active": (), "total": (), "square": (), "maximum": (),
+                "active": (), "total": (), "square": (), "maximum": (), "maximum_beside": (),
                 "time_total": (time_buckets,), "masked_square": (2,),
             }.items()
         }  # fmt: skip
@@ -74,6 +74,9 @@ class CodeStatistics:
             there = sides.to(codes.device, codes.dtype)
             self._sums["masked_square"] += _cpu(torch.einsum("sbp,bpn->sn", there, square))
             self._weights["masked_count"] += sides.sum((1, 2))
+            if codes.numel():
+                beside = _cpu(torch.where(there[0, ..., None] < 0.5, codes, 0).amax((0, 1)))
+                torch.maximum(self._sums["maximum_beside"], beside, out=self._sums["maximum_beside"])
 
     @property
     def count(self) -> int:
@@ -99,6 +102,11 @@ class CodeStatistics:
     def maximum(self) -> PerAtom:
         """Largest code seen."""
         return self._sums["maximum"].clone()
+
+    @property
+    def maximum_beside(self) -> PerAtom:
+        """Largest code seen at positions of which less than half is on the subject; 0 where no mask was given."""
+        return self._sums["maximum_beside"].clone()
 
     @property
     def energy(self) -> PerAtom:
@@ -135,10 +143,11 @@ class CodeStatistics:
         mine, theirs = (self.n_atoms, self.time_buckets), (other.n_atoms, other.time_buckets)
         if mine != theirs:
             raise ValueError(f"`other` must have (n_atoms, time_buckets) {mine}, got {theirs}.")
-        maximum = torch.maximum(self._sums["maximum"], other._sums["maximum"])
+        names = ("maximum", "maximum_beside")
+        highest = {name: torch.maximum(self._sums[name], other._sums[name]) for name in names}
         for name, value in self._state().items():
             value += other._state()[name]
-        self._sums["maximum"] = maximum
+        self._sums |= highest
 
     def select(self, index: Int[Tensor, " kept"]) -> "CodeStatistics":
         """The statistics of a subset or reorder of the atoms, as `Dictionary.select`."""

@@ -50,11 +50,19 @@ def silence(
     margin: float,
 ) -> Tensor:
     """Sum over sites of the mean of relu(pre + margin) on some rows' real positions."""
-    terms = []
-    for site, calls in recording.pre_codes.items():
-        pre_codes, layout = placed(backbone, site, calls[-1], conditioning, grid)
-        terms.append(sparse.silence(pre_codes[rows][layout.real[rows]], margin))
-    return torch.stack(terms).sum()
+    at = real_positions(recording.pre_codes, backbone, conditioning, grid, rows)
+    return torch.stack([sparse.silence(pre_codes, margin) for pre_codes in at.values()]).sum()
+
+
+def real_positions(
+    codes: Mapping[str, Sequence[Tensor]], backbone: Backbone, conditioning: Conditioning, grid: Grid, rows: slice
+) -> dict[str, Float[Tensor, "positions atoms"]]:
+    """What was last recorded at each site, codes or pre-codes, of some rows, without padding."""
+    found = {}
+    for site, calls in codes.items():
+        values, layout = placed(backbone, site, calls[-1], conditioning, grid)
+        found[site] = values[rows][layout.real[rows]]
+    return found
 
 
 def around(
@@ -80,12 +88,14 @@ def around(
     return torch.stack(terms).sum()
 
 
-def sparsity(recording: Recording, atoms: Mapping[str, Tensor], rows: slice) -> Tensor:
-    """Sum over sites of the L1 of codes times atom norms, on some rows."""
-    return torch.stack([sparse.sparsity(calls[-1][rows], atoms[site]) for site, calls in recording.codes.items()]).sum()
+def sparsity(
+    codes: Mapping[str, Float[Tensor, "positions atoms"]], atoms: Mapping[str, Float[Tensor, "atoms d_out"]]
+) -> Tensor:
+    """Sum over sites of the L1 of codes times atom norms."""
+    return torch.stack([sparse.sparsity(codes[site], atoms[site]) for site in codes]).sum()
 
 
-def mean_l0(recording: Recording, rows: slice) -> float:
+@torch.no_grad()
+def mean_l0(codes: Mapping[str, Float[Tensor, "positions atoms"]]) -> float:
     """Mean over sites of the number of active atoms a position."""
-    with torch.no_grad():
-        return torch.stack([sparse.l0(calls[-1][rows]) for calls in recording.codes.values()]).mean().item()
+    return torch.stack([sparse.l0(found) for found in codes.values()]).mean().item()

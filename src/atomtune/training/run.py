@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -446,6 +447,8 @@ class Run:
         o, m = self.options, self.material
         concept, others = batch.concept, batch.others
         grid = backbone.grid(self.base, batch.x)
+        real = partial(objective.real_positions, backbone=backbone, conditioning=batch.conditioning, grid=grid)
+        codes = real(recording.codes, rows=concept)
         losses = {"task": objective.error(predicted[concept], batch.target[concept], batch.weight)}
         if o.unrelated_rows and o.silence:
             quiet = objective.silence(recording, backbone, batch.conditioning, grid, others, o.margin)
@@ -462,26 +465,26 @@ class Run:
         if o.sparsity:
             layers = atom_layers(self.base, self.name)
             atoms = {site: layer.dictionary(self.name).atoms for site, layer in layers.items()}
-            losses["sparsity"] = o.sparsity * objective.sparsity(recording, atoms, concept)
+            losses["sparsity"] = o.sparsity * objective.sparsity(codes, atoms)
         if o.dead:
-            losses["dead"] = o.dead * self._wake(recording.pre_codes)
+            losses["dead"] = o.dead * self._wake(real(recording.pre_codes, rows=slice(None)))
         if o.gated:
             losses["gate"] = gating.loss(self.base, backbone, m, generator, self.name)
-        return losses | {"l0": torch.tensor(objective.mean_l0(recording, concept))}
+        return losses | {"l0": torch.tensor(objective.mean_l0(codes))}
 
     @torch.no_grad()
     def _base_prediction(self, x: Tensor, s: Tensor, conditioning: Conditioning) -> Tensor:
         with base_only(self.base):
             return self.backbone.predict(self.base, x, s, conditioning)
 
-    def _wake(self, pre_codes: dict[str, list[Tensor]]) -> Tensor:
+    def _wake(self, pre_codes: dict[str, Tensor]) -> Tensor:
         """The dead-atom term: atoms silent for `DEAD_AFTER` micro-batches are pulled up."""
         terms = []
-        for site, calls in pre_codes.items():
-            fired = (calls[-1] > 0).flatten(0, -2).any(0)
+        for site, found in pre_codes.items():
+            fired = (found > 0).any(0)
             quiet = self.silent_for.get(site, torch.zeros_like(fired, dtype=torch.long))
             self.silent_for[site] = torch.where(fired, 0, quiet + 1)
-            terms.append(dead_atoms(calls[-1], self.silent_for[site] > DEAD_AFTER))
+            terms.append(dead_atoms(found, self.silent_for[site] > DEAD_AFTER))
         return torch.stack(terms).sum()
 
     def _not_finite(self, step: int, losses: dict[str, Tensor]) -> str:
