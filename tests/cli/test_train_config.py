@@ -85,7 +85,7 @@ def test_every_option_survives_the_file(tmp_path: Path) -> None:
         elif kind.startswith("float"):
             changed[field.name] = now / 2 + 0.15
         else:
-            changed[field.name] = Path("a/b.txt") if kind.startswith("Path") else 'it\'s "so"'
+            changed[field.name] = Path("a/b.txt") if kind.startswith("Path") else f'it\'s "{field.name}"'
     options = TrainOptions(**changed)
     assert all(getattr(options, f.name) != f.default for f in dataclasses.fields(options))
     path = tmp_path / "config.toml"

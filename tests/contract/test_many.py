@@ -1,6 +1,9 @@
 """Several adapters in one batch: each row as alone, in training and in serving."""
 
+import os
 import re
+import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import atomtune
 from atomtune.cli import main
 from atomtune.errors import UserError
 from atomtune.serving import Server
-from atomtune.training import config
+from atomtune.training import config, many
 from atomtune.training.many import Job, train_many
 from atomtune.training.options import TrainOptions
 from atomtune.tuner import BASE, AtomConfig, activate, assigned, atom_layers, attach
@@ -58,6 +61,64 @@ def test_trained_together_as_alone(root: Path, concept: str) -> None:
         torch.testing.assert_close(many[key], value, rtol=1e-3, atol=1e-4, msg=key)
     assert (root / f"many-{concept}/log.jsonl").read_text().count("\n") == 4
     assert (root / f"many-{concept}/checkpoints/step-000004").is_dir()
+
+
+def _jobs(root: Path, out: Path, **fields: Any) -> list[Job]:
+    return [Job(root / concept[:3], out / concept[:3], _options(concept, **fields)) for concept in CONCEPTS]
+
+
+def _same(root: Path, out: Path) -> None:
+    """What was trained there is what was trained together in one go."""
+    for concept in CONCEPTS:
+        expected, found = (
+            load_file(folder / "adapter_model.safetensors")
+            for folder in (root / f"many-{concept[:3]}", out / concept[:3])
+        )
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4, msg=key)
+
+
+def test_checkpointed_gradients_are_each_row_s_own(root: Path, bases: dict[str, Path], tmp_path: Path) -> None:
+    pipe = atomtune.open_pipeline(str(bases["lumina2"]))
+    train_many(pipe, _jobs(root, tmp_path, gradient_checkpointing=True), progress=False)
+    _same(root, tmp_path)
+
+
+def test_stopped_together_they_go_on(
+    root: Path,
+    bases: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Ctrl-C ends the step and keeps it; one whose last checkpoint is gone catches up."""
+    pipe, jobs = atomtune.open_pipeline(str(bases["lumina2"])), _jobs(root, tmp_path)
+    step = many._step
+
+    def pressed(runs: Any, number: int, plain: Any) -> Any:
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(runs, number, plain)
+
+    monkeypatch.setattr(many, "_step", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        train_many(pipe, jobs, progress=False)
+    monkeypatch.undo()
+    assert "stopped after step 2; go on with the same command and --resume" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "zyx/checkpoints/step-000002")
+    train_many(pipe, jobs, resume=True, progress=False)
+    _same(root, tmp_path)
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    train_many(pipe, jobs, resume=True, progress=False)
+    assert written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_an_adapter_of_the_user_stays(root: Path, bases: dict[str, Path], tmp_path: Path) -> None:
+    pipe = atomtune.open_pipeline(str(bases["lumina2"]))
+    attach(pipe, AtomConfig(n_atoms=2, target_modules=list(SITES)), "job0")
+    with pytest.raises(UserError, match="'job0' is already attached"):
+        train_many(pipe, _jobs(root, tmp_path), progress=False)
+    assert atom_layers(pipe, "job0")
 
 
 def test_a_file_of_concepts(

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from tiny_runs import OPTIONS
 
 from atomtune.backbones import backbone_of
-from atomtune.training.batch import generator_of
+from atomtune.training.batch import lots_of
 from atomtune.training.ends import NAME, attach_atoms, training_mode
 from atomtune.training.prepare import prepare
 from atomtune.training.run import CONTAIN_FROM, Run
@@ -45,7 +45,7 @@ def test_later_steps_draw_how_contained_they_are(run: Run) -> None:
     run.step(0)
     shares = []
     for step in range(40):
-        generator = generator_of(run.options, step)
+        generator = lots_of(run.options, step)
         lot = torch.rand(2, generator=generator)[1].item()
         with run._taking_part(step):
             floors = {site: layer.floors.get(NAME) for site, layer in atom_layers(run.base).items()}

@@ -501,8 +501,16 @@ def test_fingerprint() -> None:
     assert fingerprint(get_peft_model(net(), config())) == whole
     assert fingerprint(inject_adapter_in_model(LoraConfig(target_modules=["up"]), net())) == whole
     assert fingerprint(net(seed=1)) != whole
+    assert fingerprint(net().half()) == fingerprint(net(), torch.float16)
     base.layers[2]["down"].bias.data[0] += 1
     assert fingerprint(base) != whole
+
+
+def test_an_adapter_trained_on_a_half_precision_load(tmp_path: Path) -> None:
+    save(adapted().half(), tmp_path / "half")
+    load(net(), tmp_path / "half")
+    with pytest.raises(UserError, match="another base"):
+        load(net(seed=1), tmp_path / "half")
 
 
 def test_a_base_that_cannot_be_checked(folder: Path) -> None:

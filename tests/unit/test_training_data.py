@@ -343,6 +343,8 @@ def test_words_that_reach_no_part_of_the_model_are_named(pipe: Any, ready: Calla
         return {"x": torch.tensor([list(letters)])}
 
     assert lost_words(first_three, "one two three four  five") == "four five"
+    listed = lost_words(lambda prompt: {"x": [first_three(prompt)["x"]]}, "one two three four  five")
+    assert listed == "four five", "Z-Image keeps a list"
     assert lost_words(first_three, "one two three four") == "four"
     assert lost_words(first_three, "one two three") == ""
     assert lost_words(first_three, "") == ""
@@ -522,8 +524,9 @@ def test_new_options_are_off_and_survive_json(tmp_path: Path) -> None:
     [
         {"buckets": True, "flip": True, "crop": 0.1, "mask_loss": 0.5, "inner": 0.1, "caption_dropout": 0.2},
         {"data_start": True},
+        {"data_start": True, "buckets": True, "flip": True},
     ],
-    ids=["everything", "data-start"],
+    ids=["everything", "data-start", "data-start-buckets"],
 )
 def test_a_run_with_all_of_it_trains(pipe: Any, data: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
     half_masks(data)

@@ -20,7 +20,7 @@ from atomtune.training import gating, run_folder
 from atomtune.training.masks import surprise
 from atomtune.training.objective import DENSITIES, error, mean_l0, real_positions, sparsity, times
 from atomtune.training.options import TrainOptions
-from atomtune.training.prepare import gate_prompts, pictured, prepare, spoken, unrelated_list
+from atomtune.training.prepare import gate_prompts, mentions, pictured, prepare, spoken, unrelated_list
 from atomtune.training.start import discriminants
 from atomtune.tuner import AtomConfig, attach, prompt_gate, remove_adapter
 
@@ -215,6 +215,33 @@ def test_gate_prompts_open_with_the_name_and_shut_without_it() -> None:
     assert {"a in snow", "my", "a dog in snow", "my dog", "dog", "a dog", ""} <= set(shutting)
     assert set(UNRELATED) <= set(shutting)
     assert len(set(shutting)) == len(shutting)
+
+
+def test_a_name_said_twice_is_taken_out_twice() -> None:
+    options = TrainOptions(concept="sks dog", class_noun="dog")
+    _, shutting = gate_prompts(("a sks dog beside another sks  dog",), UNRELATED, options)
+    assert {"a beside another", "a dog beside another dog"} <= set(shutting)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "there"),
+    [
+        ("a box", "ox", False),
+        ("an Ox, grazing", "ox", True),
+        ("the category", "cat", False),
+        ("a <sks> dog", "<sks>", True),
+        ("一只小猫在草地上", "小猫", True),
+        ("İİ kedi burada", "kedi", True),
+    ],
+)
+def test_a_name_is_found_in_whole_words(text: str, name: str, there: bool) -> None:
+    assert mentions(text, name) is there
+
+
+@pytest.mark.parametrize("noun", ["sks dog", "SKS  dog", "big sks dog"])
+def test_a_class_noun_that_says_the_name(noun: str) -> None:
+    with pytest.raises(UserError, match="`class_noun` must not say the concept's name, 'sks dog'"):
+        TrainOptions(concept="sks dog", class_noun=noun)
 
 
 def test_without_a_class_noun_only_the_name_is_taken_out() -> None:

@@ -59,9 +59,15 @@ def token_texts(readings: list[Reading]) -> list[str]:
     return [text for reading in readings for text, *_ in reading.tokens()]
 
 
+SPACELESS = "\u0e00"
+"""From here on in Unicode, Thai and most others, scripts put no spaces between words."""
+
+
 def spelling(words: str) -> re.Pattern[str]:
-    """Finds whole words in a text, in any case and spacing."""
-    return re.compile(r"(?<!\w)" + r"\s+".join(map(re.escape, words.split())) + r"(?!\w)", re.IGNORECASE)
+    """Finds words in a text, in any case and spacing; whole ones, in scripts that have spaces between them."""
+    first, last = words.strip()[:1], words.strip()[-1:]
+    before, after = r"(?<!\w)" * (first < SPACELESS), r"(?!\w)" * (last < SPACELESS)
+    return re.compile(before + r"\s+".join(map(re.escape, words.split())) + after, re.IGNORECASE)
 
 
 def word_tokens(readings: list[Reading], words: str) -> list[int]:

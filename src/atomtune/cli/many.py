@@ -24,6 +24,8 @@ class Command:
     and maybe out, concept, class_noun, trigger, seed and what it says of captions. Paths are as from where you are."""
     together: int = 8
     """Concepts that share a forward; memory grows with them."""
+    resume: bool = False
+    """Go on with those that have begun, from their newest whole checkpoints; finished ones are left alone."""
 
     def run(self) -> None:
         from atomtune.cli import command_line
@@ -38,6 +40,7 @@ class Command:
             plans[0].open(),
             jobs,
             together=self.together,
+            resume=self.resume,
             command=command_line(),
             settings=plans[0].settings,
         )

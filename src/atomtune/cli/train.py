@@ -34,7 +34,7 @@ class Planned:
     out: Path | None = None
     """Where the run goes. None: runs/ and the data folder's name."""
     resume: bool = False
-    """Go on with the run in --out, from its newest whole checkpoint."""
+    """Go on with the run in --out, from its newest whole checkpoint, with its own options."""
     allow_changed_data: bool = False
     """With --resume: go on although pictures or captions have changed."""
     dtype: str = "float32"
@@ -91,7 +91,9 @@ class Command(Planned):
             self.examine()
         import atomtune
         from atomtune.cli import command_line
+        from atomtune.data.folder import check_there
 
+        check_there(self.data)  # before the base is opened, which may take minutes
         out = self.folder
         adapter = atomtune.train(
             self.open(),
@@ -108,10 +110,15 @@ class Command(Planned):
 
 
 def expand(arguments: list[str]) -> list[str]:
-    """The arguments with those of --config before them, so that the command line's win."""
+    """The arguments with those of --config before them, or of the run to resume: the command line's win."""
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    reader.add_argument("--config", type=Path, nargs="?")
-    path = reader.parse_known_args(arguments)[0].config
+    for name in ("--config", "--out"):
+        reader.add_argument(name, type=Path, nargs="?")
+    reader.add_argument("--resume", action="store_true")
+    given = reader.parse_known_args(arguments)[0]
+    path = given.config
+    if path is None and given.resume and given.out and (given.out / config.FILE).is_file():
+        path = given.out / config.FILE
     if path is None:
         return arguments
     known = [f.name for kind in (Command, TrainOptions) for f in dataclasses.fields(kind)]

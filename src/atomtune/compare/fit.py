@@ -115,10 +115,9 @@ class Tuned:
         assert self.adapter is not None
         if knob.name == "scale":
             return self.adapter.using(strength=knob.value)
-        if knob.name in ("contain", "beside"):
-            return self.adapter.using(**{knob.name: knob.value})
-        if knob.name == "contain-beside":
-            return self.adapter.using(contain=knob.value, beside=knob.value)
+        if knob.name in ("contain", "beside", "contain-beside"):
+            contain, beside = (knob.value * (dial in knob.name) for dial in ("contain", "beside"))
+            return self.adapter.using(contain=contain, beside=beside)
         if knob.name == "atoms":
             return self.adapter.using(density=knob.value, formula=knob.formula or "effect")
         if knob.name == "purity":

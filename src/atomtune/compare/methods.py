@@ -43,14 +43,18 @@ def _rival(name: str, *rates: float, lr: float | None = None) -> Method:
     return Method(lr=lr or rates[1], rates=rates, rival=name)
 
 
+def _ours(lr: float = 4e-3, **options: Any) -> Method:
+    return Method(lr=lr, options=options, version=2)
+
+
 METHODS: dict[str, Method] = {
-    "atoms": Method(),
-    "atoms-soft": Method(options={"sparsifier": "soft"}),
-    "atoms-topk": Method(options={"sparsifier": "topk", "k": 4}),
-    "atoms-batchtopk": Method(options={"sparsifier": "batch_topk", "k": 4}),
-    "atoms-jumprelu": Method(options={"sparsifier": "jumprelu"}),
-    "atoms-whole": Method(lr=2e-3, options={"nested": False}),
-    "atoms-dense": Method(options={"sparsifier": "dense", "silence": 0.0}),
+    "atoms": _ours(),
+    "atoms-soft": _ours(sparsifier="soft"),
+    "atoms-topk": _ours(sparsifier="topk", k=4),
+    "atoms-batchtopk": _ours(sparsifier="batch_topk", k=4),
+    "atoms-jumprelu": _ours(sparsifier="jumprelu"),
+    "atoms-whole": _ours(lr=2e-3, nested=False),
+    "atoms-dense": _ours(sparsifier="dense", silence=0.0),
     "lora": _rival("lora", 1e-3, 2e-3, 4e-3),
     "lora_sae": Method(lr=2e-3, rival="lora", autoencoded=True),
     "rslora": _rival("rslora", 2.5e-4, 5e-4, 1e-3),

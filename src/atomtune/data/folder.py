@@ -301,6 +301,14 @@ def survey(
     return Survey(Scan(tuple(samples), tuple(sorted(skipped, key=lambda item: item.path.name))), tuple(problems))
 
 
+def check_there(source: str | Path) -> None:
+    """Raises UserError where there is no folder; data sets of other kinds are looked at when they are read."""
+    place = Path(source)
+    if not (tables.is_table(source) or place.is_dir() or (place.is_file() and place.suffix.lower() == ".tar")):
+        found = "a file" if place.exists() else "nothing there"
+        raise UserError(f"`data` must be a folder of pictures, got {place}: {found}. Check --data.")
+
+
 def _listing(source: str | Path, extension: str, caption_column: str | None, follow_links: bool) -> Listing:
     """What lies in a source, by what kind of source it is."""
     if tables.is_table(source):
@@ -308,9 +316,7 @@ def _listing(source: str | Path, extension: str, caption_column: str | None, fol
     place = Path(source)
     if place.is_file() and place.suffix.lower() == ".tar":
         return shards.listing([place], extension, caption_column)
-    if not place.is_dir():
-        found = "a file" if place.exists() else "nothing there"
-        raise UserError(f"`data` must be a folder of pictures, got {place}: {found}. Check --data.")
+    check_there(place)
     listing = _list(place, extension, caption_column, follow_links)
     tars = [item.path for item in listing.skipped if item.path.suffix.lower() == ".tar" and isinstance(item.path, Path)]
     if tars and not listing.pictures and not listing.broken:

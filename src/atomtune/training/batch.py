@@ -90,3 +90,8 @@ def _without_words(conditioning: Conditioning, rows: Tensor, wordless: Condition
 def generator_of(options: TrainOptions, micro: int) -> torch.Generator:
     """The source of a micro-batch's random draws."""
     return torch.Generator().manual_seed((options.seed << 32) + micro)
+
+
+def lots_of(options: TrainOptions, step: int) -> torch.Generator:
+    """The source of a step's own draws, which have nothing to do with those of its micro-batches."""
+    return torch.Generator().manual_seed((options.seed << 32) + (1 << 31) + step)

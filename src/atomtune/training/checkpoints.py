@@ -73,18 +73,23 @@ def save(
         raise UserError(f"Could not write {folder}: {error}. Earlier checkpoints are untouched.") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    for old in sorted((run / "checkpoints").glob("step-*"))[:-keep]:
+    for old in _in_order(run)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
 def newest(run: Path, tell: Callable[[str], None] = lambda text: None) -> tuple[int, Path] | None:
     """The newest checkpoint whose files are whole; broken ones are passed over, and told."""
-    for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
+    for folder in reversed(_in_order(run)):
         if (step := _whole(folder)) is not None:
             return step, folder
         tell(f"warning: the checkpoint {folder} is damaged and passed over")
     return None
+
+
+def _in_order(run: Path) -> list[Path]:
+    """Folders of checkpoints, the oldest first: of more than six digits too."""
+    return sorted((run / "checkpoints").glob("step-*"), key=lambda folder: (len(folder.name), folder.name))
 
 
 def _whole(folder: Path) -> int | None:

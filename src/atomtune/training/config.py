@@ -10,6 +10,9 @@ from typing import Any
 
 from atomtune.errors import UserError, did_you_mean
 
+FILE = "config.toml"
+"""Its name in the folder of a run."""
+
 CONCEPTS = "concepts"
 """Tables of a file for many concepts."""
 

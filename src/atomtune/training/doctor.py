@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from atomtune.data.twins import Twins, twins
 from atomtune.data.views import Size, kept
 from atomtune.errors import UserError
 from atomtune.training import memory, optimizers, prepare, run_folder, validation
-from atomtune.training.ends import NAME, attach_atoms, check_checkpointing
+from atomtune.training.ends import NAME, attach_atoms, check_checkpointing, kinds_of
 from atomtune.training.memory import Measured, Memory
 from atomtune.training.options import TrainOptions
 from atomtune.training.run_folder import say
@@ -269,16 +268,12 @@ def _adapted(base: Any) -> Adapted:
     state = {name: value for name, value in base.state_dict().items() if "atom_" in name}
     layers = atom_layers(base, NAME)
     return Adapted(
-        sites=dict(Counter(_leaf(site) for site in layers)),
+        sites=kinds_of(layers),
         atoms=sum(layer.r[NAME] for layer in layers.values()),
         parameters=sum(p.numel() for name, p in base.named_parameters() if "atom_" in name),
         gate=prompt_gate(base, NAME) is not None,
         file_bytes=sum(map(memory.bytes_of, state.values())),
     )
-
-
-def _leaf(site: str) -> str:
-    return next(part for part in reversed(site.split(".")) if not part.isdigit())
 
 
 def _needs(

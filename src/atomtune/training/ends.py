@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,11 +27,14 @@ def check_checkpointing(base: Any, backbone: Backbone, options: TrainOptions) ->
         raise UserError(f"`gradient_checkpointing` must be off for {backbone.family}, which has none.")
 
 
-def sites_of(base: Any) -> str:
-    """What is adapted, in words: `16 sites: 8 x attn.to_q, 8 x attn.to_v`."""
-    sites = list(atom_layers(base, NAME))
-    kinds = Counter(".".join(part for part in site.split(".") if not part.isdigit()) for site in sites)
-    return f"{len(sites)} sites: {', '.join(f'{number} x {kind}' for kind, number in kinds.items())}"
+def kinds_of(sites: Iterable[str]) -> dict[str, int]:
+    """How many sites there are of each kind, by the end of their names."""
+    return dict(Counter(next(part for part in reversed(site.split(".")) if not part.isdigit()) for site in sites))
+
+
+def sites_of(kinds: Mapping[str, int]) -> str:
+    """Those kinds in words: `16 sites: 8 x to_q, 8 x to_v`."""
+    return f"{sum(kinds.values())} sites: {', '.join(f'{number} x {kind}' for kind, number in kinds.items())}"
 
 
 def attach_atoms(pipe: Any, backbone: Backbone, options: TrainOptions, adapter: str = NAME, **instead: Any) -> None:

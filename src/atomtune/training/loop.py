@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from atomtune.adapter import Adapter
+from atomtune.adapter import Adapter, load
 from atomtune.backbones import backbone_of, base_name, denoiser
 from atomtune.training import checkpoints, hub, run_folder, validation
 from atomtune.training.encode import weights_key
@@ -18,6 +18,7 @@ from atomtune.training.ends import (
     attach_atoms,
     check_checkpointing,
     conclude,
+    kinds_of,
     learned_nothing,
     sites_of,
     training_mode,
@@ -28,7 +29,7 @@ from atomtune.training.processes import shard, wants_shards
 from atomtune.training.run import Run
 from atomtune.training.run_folder import say
 from atomtune.training.trackers import Trackers, chosen
-from atomtune.tuner import adapter_config, base_only, discard_adapters, fingerprint
+from atomtune.tuner import adapter_config, atom_layers, base_only, discard_adapters, fingerprint
 
 
 def train(
@@ -48,7 +49,8 @@ def train(
 
     `out` receives config.toml (with `settings` beside the options), log.jsonl, status.json, checkpoints/, samples/ and
     the adapter's own files. With validation it is the best one, by `validation_score`, and `last/` holds the last.
-    With `resume` the newest whole checkpoint goes on, and its losses are those of an uninterrupted run. `stop` is asked
+    With `resume` the newest whole checkpoint goes on, and its losses are those of an uninterrupted run; a finished run
+    is loaded as it is. `stop` is asked
     after each step whether that was the last. Raises UserError on bad data or options before anything is trained or
     written, and on a loss that is not finite. After an error the pipeline is the base again.
     """
@@ -59,6 +61,9 @@ def train(
         run_folder.mend(run)
     processes.wait_for_everyone()
     options = run_folder.stored(run, options) if resume else run_folder.check_free(run, options)
+    if resume and run_folder.is_finished(run):
+        say(f"{run} is finished: nothing is left to train")
+        return load(pipe, run)
     tracked = chosen(options.trackers) if processes.is_main_process else ()
     processes.wait_for_everyone()
     check_checkpointing(base, backbone, options)
@@ -69,7 +74,7 @@ def train(
             if resume and processes.is_main_process:
                 stack.enter_context(run_folder.held(run))
             if progress and processes.is_main_process:
-                say(f"preparing pictures and prompts for {sites_of(base)}")
+                say(f"preparing pictures and prompts for {sites_of(kinds_of(atom_layers(base, NAME)))}")
             base_key = None
             if wants_shards(options.shard):
                 # While it is whole: afterwards no process can tell.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from accelerate import PartialState
@@ -23,7 +23,7 @@ from atomtune.training.batch import Batch, draw, generator_of
 from atomtune.training.ends import attach_atoms, check_checkpointing, conclude, learned_nothing, training_mode
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import prepare
-from atomtune.training.run import Run
+from atomtune.training.run import Run, interruptible
 from atomtune.training.run_folder import say
 from atomtune.tuner import activate, assigned, base_only, discard_adapters, record
 
@@ -60,6 +60,7 @@ def train_many(
     jobs: Sequence[Job],
     *,
     together: int = TOGETHER,
+    resume: bool = False,
     command: str = "",
     settings: dict[str, Any] | None = None,
     progress: bool = True,
@@ -68,34 +69,48 @@ def train_many(
 
     Each is, to rounding, what `train` gives by itself: the same batches, noise, clipping and optimizer. Up to
     `together` of them share a forward, the base's predictions of unrelated pictures are made once for all, and so is
-    what lies in the cache. Nothing is left attached. A run that was stopped goes on by itself, with `train`'s
-    `resume`. Raises UserError before anything is trained on options that can't be trained together.
+    what lies in the cache. Nothing is left attached. With `resume` those that have begun go on, each from its newest
+    whole checkpoint, and finished ones are left alone; `train` can go on with one of them too. Raises UserError before
+    anything is trained on options that can't be trained together.
     """
     check(jobs, together)
-    base, backbone, names = denoiser(pipe), backbone_of(pipe), [f"job{number}" for number in range(len(jobs))]
+    base, backbone, left = denoiser(pipe), backbone_of(pipe), list(jobs)
     processes = PartialState(cpu=pipe.vae.device.type == "cpu")
     if processes.num_processes > 1:
         raise UserError(f"Many concepts are trained in one process, got {processes.num_processes}. Share out the list.")
-    options = jobs[0].options
-    check_checkpointing(base, backbone, options)
+    begun = {job.out for job in jobs if resume and (job.out / run_folder.OPTIONS).is_file()}
+    if resume:
+        left = [_as_begun(job, begun) for job in jobs if not run_folder.is_finished(job.out)]
+    if not left:
+        return [job.out for job in jobs]
+    check(left, together)
+    check_checkpointing(base, backbone, left[0].options)
+    names: list[str] = []
     try:
         with ExitStack() as stack:
-            runs: list[Run] = []
             prepared = []
-            for name, job in zip(names, jobs, strict=True):
-                run_folder.check_free(job.out, job.options)
-                attach_atoms(pipe, backbone, job.options, name)
+            for number, job in enumerate(left):
+                if job.out not in begun:
+                    run_folder.check_free(job.out, job.options)
+                attach_atoms(pipe, backbone, job.options, f"job{number}")
+                names.append(f"job{number}")
                 with base_only(base):
                     prepared.append(prepare(pipe, backbone, job.data, job.options, job.out))
+                if job.out in begun:
+                    run_folder.check_data(job.out, prepared[-1].scan, allow_changed=False)
+            runs: list[Run] = []
             # Once nothing is known to be wrong with any: a second try finds all folders free.
-            for name, job, material in zip(names, jobs, prepared, strict=True):
+            for name, job, material in zip(names, left, prepared, strict=True):
                 run_folder.tell(material.scan, material.said)
-                own = {**(settings or {}), "data": job.data, "base": base_name(pipe)}
-                run_folder.claim(job.out, job.options, own, material.scan)
+                if job.out not in begun:
+                    own = {**(settings or {}), "data": job.data, "base": base_name(pipe)}
+                    run_folder.claim(job.out, job.options, own, material.scan)
                 stack.enter_context(run_folder.held(job.out))
                 runs.append(Run(pipe, backbone, material, job.options, job.out, processes, name=name))
+                if job.out in begun:
+                    runs[-1].resume()
             _check_shapes(runs)
-            stack.enter_context(training_mode(base, options))
+            stack.enter_context(training_mode(base, left[0].options))
             for run in runs:
                 stack.enter_context(run.told())
             _steps(runs, together, progress)
@@ -104,6 +119,11 @@ def train_many(
     finally:
         discard_adapters(base, *names)
     return [job.out for job in jobs]
+
+
+def _as_begun(job: Job, begun: Collection[Path]) -> Job:
+    """The job, with the options that its run began with if it has begun."""
+    return dataclasses.replace(job, options=run_folder.stored(job.out, job.options)) if job.out in begun else job
 
 
 def check(jobs: Sequence[Job], together: int) -> None:
@@ -135,23 +155,36 @@ def _check_shapes(runs: Sequence[Run]) -> None:
 
 
 def _steps(runs: Sequence[Run], together: int, progress: bool) -> None:
-    o = runs[0].options
+    """All steps of all runs; where some are ahead, since their last checkpoint is, the others catch up first."""
+    o, begin = runs[0].options, min(run.done for run in runs)
     with ExitStack() as stack:
-        logs = [stack.enter_context(run_folder.log_of(run.run / run_folder.LOG)) for run in runs]
-        bar = stack.enter_context(tqdm(total=o.steps, disable=not progress, unit="step", dynamic_ncols=True))
-        for step in range(o.steps):
-            begin, plain = time.monotonic(), Plain()
-            terms: list[dict[str, float]] = []
-            for start in range(0, len(runs), together):
-                terms += _step(runs[start : start + together], step, plain)
-            seconds = (time.monotonic() - begin) / len(runs)
-            for run, log, found in zip(runs, logs, terms, strict=True):
-                run.done += 1
-                run.pace.took(run.done, seconds)
-                run_folder.note(log, run.line(found | run.speed(seconds)))
-                if run.done % o.checkpoint_every == 0 or run.done == o.steps:
+        logs = {run.run: stack.enter_context(run_folder.log_of(run.run / run_folder.LOG)) for run in runs}
+        bar = tqdm(total=o.steps, initial=begin, disable=not progress, unit="step", dynamic_ncols=True)
+        stack.enter_context(bar)
+        asked_to_stop = stack.enter_context(interruptible())
+        for step in range(begin, o.steps):
+            now = [run for run in runs if run.done == step]
+            _together(now, step, together, logs)
+            for run in now:
+                if run.done % o.checkpoint_every == 0 or run.done == o.steps or asked_to_stop():
                     run.checkpoint()
             bar.update()
+            if asked_to_stop():
+                say(f"stopped after step {step + 1}; go on with the same command and --resume")
+                raise KeyboardInterrupt
+
+
+def _together(runs: Sequence[Run], step: int, together: int, logs: Mapping[Path, BinaryIO]) -> None:
+    """One step of several runs, so many at once."""
+    begin, plain = time.monotonic(), Plain()
+    terms: list[dict[str, float]] = []
+    for start in range(0, len(runs), together):
+        terms += _step(runs[start : start + together], step, plain)
+    seconds = (time.monotonic() - begin) / len(runs)
+    for run, found in zip(runs, terms, strict=True):
+        run.done += 1
+        run.pace.took(run.done, seconds)
+        run_folder.note(logs[run.run], run.line(found | run.speed(seconds)))
 
 
 def _step(runs: Sequence[Run], step: int, plain: Plain) -> list[dict[str, float]]:
@@ -161,6 +194,10 @@ def _step(runs: Sequence[Run], step: int, plain: Plain) -> list[dict[str, float]
         for run in runs:
             run.begin(step)
             stack.enter_context(run.taking_part(step))
+        # In backward too: gradient checkpointing runs the forward again.
+        o = runs[0].options
+        names = [run.name for run in runs for _ in range(o.batch_size + o.unrelated_rows)]
+        stack.enter_context(assigned(runs[0].base, names))
         for part in range(runs[0].options.grad_accumulation):
             losses = joint_losses(runs, [run.micro(step, part) for run in runs], plain)
             totals = [run.total(step, found, own) for run, found, own in zip(runs, losses, terms, strict=True)]
@@ -169,7 +206,10 @@ def _step(runs: Sequence[Run], step: int, plain: Plain) -> list[dict[str, float]
 
 
 def joint_losses(runs: Sequence[Run], micros: Sequence[int], plain: Plain) -> list[dict[str, Tensor]]:
-    """What `Run._losses` gives of each run's micro-batch, by one forward over the rows of all."""
+    """What `Run._losses` gives of each run's micro-batch, by one forward over the rows of all.
+
+    Each row must be assigned its run's adapter.
+    """
     first = runs[0]
     generators = [generator_of(run.options, micro) for run, micro in zip(runs, micros, strict=True)]
     batches = [
@@ -178,10 +218,8 @@ def joint_losses(runs: Sequence[Run], micros: Sequence[int], plain: Plain) -> li
     ]
     x, s = torch.cat([batch.x for batch in batches]), torch.cat([batch.s for batch in batches])
     conditioning = reduce(join, [batch.conditioning for batch in batches])
-    names = [run.name for run, batch in zip(runs, batches, strict=True) for _ in batch.x]
     with ExitStack() as stack:
         recordings = [stack.enter_context(record(first.base, run.name)) for run in runs]
-        stack.enter_context(assigned(first.base, names))
         stack.enter_context(first.autocast())
         predicted = first.backbone.predict(first.base, x, s, conditioning)
     found, start = [], 0

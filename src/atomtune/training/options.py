@@ -213,6 +213,12 @@ class TrainOptions:
         for name, most in (("caption_dropout", 1), ("mask_loss", 1), ("crop", 0.5)):
             if not 0 <= getattr(self, name) <= most:
                 raise UserError(f"`{name}` must be a share between 0 and {most}, got {getattr(self, name)}.")
+        said, noun = (" ".join((words or "").split()).casefold() for words in (self.concept, self.class_noun))
+        if said and f" {said} " in f" {noun} ":
+            raise UserError(
+                f"`class_noun` must not say the concept's name, {self.concept!r}, got {self.class_noun!r}: prompts "
+                "with it alone must stay the base's. Give the plain noun."
+            )
         if self.trigger and self.concept is None:
             raise UserError("`trigger` puts the concept's name in front of captions: give it with --concept.")
 

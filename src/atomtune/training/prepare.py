@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from atomtune.backbones import Backbone, Conditioning, denoiser
+from atomtune.backbones import Backbone, Conditioning, denoiser, spelling
 from atomtune.data.cache import Cache
 from atomtune.data.folder import Sample, Scan, scan
 from atomtune.data.prompts import split_held_out, unrelated_prompts
@@ -168,7 +168,7 @@ def lost_words(encode: Callable[[str], Conditioning], caption: str) -> str:
 
     def enough(number: int) -> bool:
         part = encode(" ".join(words[:number]))
-        return all(torch.equal(part[name], value) for name, value in whole.items())
+        return all(_same(part[name], value) for name, value in whole.items())
 
     if not words or not enough(len(words) - 1):
         return ""
@@ -177,6 +177,12 @@ def lost_words(encode: Callable[[str], Conditioning], caption: str) -> str:
         middle = (least + most) // 2
         least, most = (least, middle) if enough(middle) else (middle + 1, most)
     return " ".join(words[most:])
+
+
+def _same(one: Tensor | list[Tensor], other: Tensor | list[Tensor]) -> bool:
+    """Whether two parts of a conditioning are equal; some families keep a list, a prompt each."""
+    pair = [value if isinstance(value, list) else [value] for value in (one, other)]
+    return all(torch.equal(*values) for values in zip(*pair, strict=True))
 
 
 def unlogged() -> AbstractContextManager[None]:
@@ -206,6 +212,8 @@ def _told(samples: Sequence[Sample], buckets: Sequence[Bucket], options: TrainOp
         alpha = sum(sample.clear and sample.mask is None for sample in samples)
         whole = len(samples) - masked - alpha
         yield f"masked loss: {masked} pictures by their mask, {alpha} by their transparency, {whole} count whole"
+    if options.gate and options.concept is None:
+        yield "warning: without --concept there is no prompt gate: what is learned may show in every picture"
     if options.buckets:
         yield "sizes: " + ", ".join(f"{len(b.rows)} x {b.size[0]}x{b.size[1]}" for b in buckets)
 
@@ -332,13 +340,13 @@ def gate_prompts(
 
 
 def _replace(text: str, name: str, by: str) -> str:
-    at = text.lower().find(name.lower())
-    return text if at < 0 else text[:at] + by + text[at + len(name) :]
+    """The text with the name replaced wherever it stands."""
+    return spelling(name).sub(lambda _: by, text)
 
 
 def mentions(text: str, name: str | None) -> bool:
-    """Whether a text says a name."""
-    return name is not None and name.lower() in text.lower()
+    """Whether a text says a name, in whole words."""
+    return name is not None and spelling(name).search(text) is not None
 
 
 def check_concept(captions: tuple[str, ...], options: TrainOptions) -> None:

@@ -27,7 +27,7 @@ from atomtune.files import write_whole
 from atomtune.sampling import generate
 from atomtune.sparse import anneal_k, dead_atoms
 from atomtune.training import checkpoints, gating, objective, optimizers, run_folder, validation
-from atomtune.training.batch import Batch, draw, generator_of
+from atomtune.training.batch import Batch, draw, generator_of, lots_of
 from atomtune.training.ema import Ema
 from atomtune.training.ends import NAME
 from atomtune.training.options import TrainOptions
@@ -50,7 +50,7 @@ FORGET = 0.99
 
 
 @contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
+def interruptible() -> Iterator[Callable[[], bool]]:
     """Yields whether Ctrl-C was pressed: the step ends first, so that its checkpoint is whole. A second one stops
     at once.
     """
@@ -145,7 +145,7 @@ class Run:
         )
         # Each process logs its own share of the data; the first one's is the run's log.
         name = f"log-{self.processes.process_index}.jsonl".replace("-0", "")
-        with bar, _interruptible() as asked_to_stop, run_folder.log_of(self.run / name) as log:
+        with bar, interruptible() as asked_to_stop, run_folder.log_of(self.run / name) as log:
             while not self.over():
                 begin = time.monotonic()
                 terms = self.step(self.done)
@@ -164,7 +164,7 @@ class Run:
                 if self._due(o.checkpoint_every) or self.over() or asked_to_stop():
                     self.checkpoint()
                 if asked_to_stop():
-                    say(f"stopped after step {self.done}; go on with --resume --out {self.run}")
+                    say(f"stopped after step {self.done}; go on with: atomtune train --resume --out {self.run}")
                     raise KeyboardInterrupt
                 if self._due(o.sample_every):
                     self.sample()
@@ -355,7 +355,7 @@ class Run:
         With `nested`, only the first atoms of each site; with `contain`, in half of the steps, only codes above a
         share of what the atom reached on unrelated pictures.
         """
-        generator, stack = generator_of(self.options, step), ExitStack()
+        generator, stack = lots_of(self.options, step), ExitStack()
         share, lot = (torch.rand((), generator=generator).item() for _ in range(2))
         if self.options.nested:
             values = {}

@@ -25,6 +25,7 @@ from atomtune.files import is_unfinished, write_whole
 from atomtune.training import config
 from atomtune.training.options import TrainOptions
 from atomtune.tuner import previous_of, recover
+from atomtune.tuner.store import WEIGHTS
 
 try:
     import fcntl
@@ -33,7 +34,7 @@ except ImportError:  # not on Windows, where nobody is kept from a run that is b
 
 OPTIONS, CONFIG, DATA, STATUS, LOCK, LOG = (
     "options.json",
-    "config.toml",
+    config.FILE,
     "data.json",
     "status.json",
     ".lock",
@@ -190,6 +191,11 @@ def status(run: Path) -> dict[str, Any] | None:
         return None
     whole = isinstance(found, dict) and {"state", "step", "pid", "host"} <= found.keys()
     return found if whole else None
+
+
+def is_finished(run: Path) -> bool:
+    """Whether the run has ended by itself, and its adapter lies there."""
+    return (found := status(run)) is not None and found["state"] == "finished" and (run / WEIGHTS).is_file()
 
 
 def set_status(run: Path, state: str, step: int, steps: int, **more: Any) -> None:

@@ -49,7 +49,7 @@ def from_activations(base: Any, backbone: Backbone, material: Material, options:
             handle.remove()
     for site, layer in layers.items():
         x, layout = placed(backbone, site, _unit(seen[site]), batch.conditioning, grid)
-        subject = layout.resample(material.masks[batch.rows], grid) > 0.5
+        subject = layout.resample(batch.masks, grid) > 0.5
         mine = _concept(layout.real[batch.concept], layout.image[batch.concept], subject)
         own = _some(x[batch.concept][mine], generator)
         other = _some(x[batch.others][layout.real[batch.others]], generator)

@@ -394,13 +394,13 @@ def _check_same(read: dict[str, Tensor], written: dict[str, Tensor]) -> None:
 # ------------------------------------------------------------------------------------------- fingerprint
 
 
-def fingerprint(model: Any) -> str:
+def fingerprint(model: Any, through: torch.dtype = torch.float32) -> str:
     """A hash of the base model under any adapters: its class, and each parameter's name, shape and samples.
 
     Samples are up to 64 values at even distances, rounded to bfloat16, so that float32 and bfloat16 loads of
-    one checkpoint agree. The config file is left out: a library's upgrade adds fields to it. Where
-    parameters are quantized or not in memory, they are skipped, and the result starts with `partial:`; such
-    a result can't be compared with a full one.
+    one checkpoint agree; `through` is a precision before that, as of a float16 load. The config file is left out:
+    a library's upgrade adds fields to it. Where parameters are quantized or not in memory, they are skipped, and
+    the result starts with `partial:`; such a result can't be compared with a full one.
     """
     base = unwrap(model)
     ours = {
@@ -418,7 +418,7 @@ def fingerprint(model: Any) -> str:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         flat = parameter.flatten()
         sample = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES]
-        digest.update(sample.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
+        digest.update(sample.to(through).to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
     return ("" if len(plain) == len(named) else PARTIAL) + digest.hexdigest()
 
 
@@ -430,7 +430,7 @@ def _check_base(base: nn.Module, config: AtomConfig, allow_other_base: bool) -> 
     if config.base_fingerprint is None:
         return
     here, there = fingerprint(base), config.base_fingerprint
-    if here == there:
+    if there in (here, fingerprint(base, torch.float16)):
         return
     if here.startswith(PARTIAL) != there.startswith(PARTIAL):
         warnings.warn(
