@@ -145,7 +145,8 @@ class Adapter:
         """The prompts for which its gate is shut: their pictures are the base's, bit for bit."""
         given = backbone_of(self.pipe).encode_prompts(self.pipe, list(prompts))
         gate = tuner.read_gates(denoiser(self.pipe), given).get(self.name, torch.ones(()))
-        return [prompt for prompt, value in zip(prompts, gate.expand(len(prompts)), strict=True) if value == 0]
+        rows = gate.expand(len(prompts), *gate.shape[1:])
+        return [prompt for prompt, row in zip(prompts, rows, strict=True) if not row.any()]
 
     def prune(self, keep: float | int, formula: str = "effect") -> int:
         """Keep a share (a float in (0, 1]) or a number (an int) of the atoms for good; returns how many."""

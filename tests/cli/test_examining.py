@@ -67,7 +67,7 @@ def test_an_existing_folder_is_a_problem_and_the_cost_is_told_still(told: Told, 
     (problem,) = report["problems"]
     assert problem.startswith("`out` exists")
     assert report["cost"]["steps"] == 4
-    assert report["memory"]["peak"] > 0
+    assert report["memory"]["weights"] > 0
 
 
 def test_where_no_picture_is_left_the_reasons_are_counted(data: Path, told: Told) -> None:
