@@ -22,8 +22,11 @@ class Command:
     """The picture to edit; its middle, square."""
     source: str
     """What it shows."""
-    prompt: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="PROMPT")]
-    """What an edit shall show: at least one, may be given several times."""
+    prompt: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]],
+        tyro.conf.arg(metavar="PROMPT", help_behavior_hint="(required, repeatable)"),
+    ]
+    """What an edit shall show; may be given several times."""
     out: Path
     """Folder for the strips, the pictures and the adapter."""
     mask: Path | None = None

@@ -18,8 +18,11 @@ class Command:
     """The .safetensors file of a LoRA, or a folder with one."""
     out: Path
     """Folder for the atoms."""
-    prompt: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="PROMPT")]
-    """A prompt that the LoRA was made for, on which atoms are measured: at least one, may be given several times."""
+    prompt: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]],
+        tyro.conf.arg(metavar="PROMPT", help_behavior_hint="(required, repeatable)"),
+    ]
+    """A prompt that the LoRA was made for, on which atoms are measured; may be given several times."""
     exact: bool = False
     """Its rank-one components as atoms, signed and always on, instead of a sparse dictionary of what it adds."""
     base: str = "embedded"

@@ -196,11 +196,11 @@ def _told_broken(broken: Sequence[Skipped]) -> str:
     return f"{len(broken)} of the pictures cannot be used: {told}. Mend them, or pass --skip-broken."
 
 
-def _told_uncaptioned(paths: Sequence[File], extension: str, skipped: Sequence[Skipped], is_table: bool) -> str:
+def _told_uncaptioned(paths: Sequence[File], extension: str, skipped: Sequence[Skipped], columns: Sequence[str]) -> str:
     unused = [item.path.name for item in skipped if item.reason.startswith("caption file not used")]
     place = f"into {paths[0].stem}{extension} beside the picture"
-    if is_table:
-        place = f"into a column {' or '.join(CAPTIONS)}, for imagefolder: in {METADATA} (no {extension} is read there)"
+    if columns:
+        place = f"into a column {' or '.join(columns)}, for imagefolder: in {METADATA} (no {extension} is read there)"
     return (
         f"{len(paths)} of the pictures have no caption, or an empty one: {_named([p.name for p in paths])}. "
         f"Write it {place}, or pass --caption, one for all."
@@ -299,7 +299,8 @@ def survey(
     if broken and not skip_broken:
         problems.append(_told_broken(sorted(broken, key=lambda item: item.path.name)))
     if uncaptioned:
-        problems.append(_told_uncaptioned(uncaptioned, extension, skipped, tables.is_table(source)))
+        columns = ((caption_column,) if caption_column else CAPTIONS) if tables.is_table(source) else ()
+        problems.append(_told_uncaptioned(uncaptioned, extension, skipped, columns))
     if not samples and not problems:
         problems.append(_told_empty(str(source), skipped))
     return Survey(Scan(tuple(samples), tuple(sorted(skipped, key=lambda item: item.path.name))), tuple(problems))
