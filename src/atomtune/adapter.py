@@ -15,6 +15,7 @@ from torch import Tensor
 from atomtune import atoms as _atoms
 from atomtune import tuner
 from atomtune.atoms import Atom, Density, Statistics
+from atomtune.backbones import backbone_of, denoiser
 from atomtune.errors import UserError
 from atomtune.own_words import UNTIL
 from atomtune.own_words import own_words as reading_own_words
@@ -140,6 +141,13 @@ class Adapter:
                 floors[site] = torch.maximum(floors[site], floor) if site in floors else floor
         return _atoms.contained(self.pipe, floors, self.name)
 
+    def shut(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts for which its gate is shut: their pictures are the base's, bit for bit."""
+        given = backbone_of(self.pipe).encode_prompts(self.pipe, list(prompts))
+        gate = tuner.read_gates(denoiser(self.pipe), given).get(self.name, torch.ones(()))
+        rows = gate.expand(len(prompts), *gate.shape[1:])
+        return [prompt for prompt, row in zip(prompts, rows, strict=True) if not row.any()]
+
     def prune(self, keep: float | int, formula: str = "effect") -> int:
         """Keep a share (a float in (0, 1]) or a number (an int) of the atoms for good; returns how many."""
         ranked = self.atoms.by(formula).ranked
@@ -190,10 +198,8 @@ def concept_of(folder: str | Path) -> str | None:
 def base_of(folder: str | Path) -> str | None:
     """The base that a saved adapter names, if it names one."""
     first = next(iter(saved_parts(folder)[0].values())) if is_mixture(folder) else folder
-    path = Path(first) / "adapter_config.json"
-    if not path.is_file():
-        raise UserError(f"{folder} holds no adapter: adapter_config.json is missing.")
-    return _entry(path, "base_model_name_or_path")
+    tuner.check_there(Path(first))
+    return _entry(Path(first) / "adapter_config.json", "base_model_name_or_path")
 
 
 def _entry(path: Path, name: str) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -19,10 +19,22 @@ from atomtune.backbones import Backbone, Conditioning, placed, select
 from atomtune.effect import effects
 from atomtune.errors import UserError, did_you_mean
 from atomtune.sparse import CodeStatistics
-from atomtune.tuner import AtomConfig, adapter_config, atom_layers, base_only, open_gate, prune, record, unwrap
+from atomtune.tuner import (
+    AtomConfig,
+    adapter_config,
+    atom_layers,
+    base_only,
+    load_statistics,
+    open_gate,
+    prune,
+    record,
+    unwrap,
+)
 from atomtune.tuner.mixture import same_base
 from atomtune.tuner.notes import Notes, notes
 from atomtune.tuner.store import read
+
+T = TypeVar("T")
 
 Statistics = dict[str, dict[str, Tensor]]
 """By site and name, one number an atom (`by_time`: one an atom and time bucket)."""
@@ -245,7 +257,8 @@ def per_token(values: Tensor, rows: int, columns: int) -> Float[Tensor, "batch t
 def ranking(model: Any, statistics: Statistics, formula: str = "effect", adapter: str = "default") -> list[Atom]:
     """Every atom of the adapter, the most important first. Raises UserError on an unknown formula."""
     if formula not in FORMULAS:
-        raise UserError(f"`formula` must be one of {', '.join(FORMULAS)}, got {formula!r}.")
+        hint = did_you_mean(formula, FORMULAS)
+        raise UserError(f"`formula` must be one of {', '.join(FORMULAS)}, got {formula!r}.{hint}")
     sites, noted = adapter_config(model, adapter).sites or [], notes(model, adapter)
     found = []
     for path, layer in atom_layers(model, adapter).items():
@@ -318,6 +331,17 @@ def find(ranked: Sequence[Atom], name: str) -> Atom:
     if _NAME.fullmatch(wanted) is None:
         raise UserError(f"An atom is named like L17[137], or as it was labelled, got {name!r}.{hint}")
     raise UserError(f"The adapter has no atom {name}.{hint}")
+
+
+def find_each(ranked: Sequence[Atom], values: Mapping[str, T]) -> dict[Atom, T]:
+    """Values by atom. Raises UserError on unknown names, and where two of them are one atom's."""
+    found: dict[Atom, T] = {}
+    for name, value in values.items():
+        atom = find(ranked, name)
+        if atom in found:
+            raise UserError(f"{atom.title} is given twice, by its label and its name. Give it once.")
+        found[atom] = value
+    return found
 
 
 def at_site(ranked: Sequence[Atom], name: str) -> list[Atom]:
@@ -395,10 +419,9 @@ def dialled(
     for atom in _dense(ranked, density):
         if not atom.purity < purity:
             values[atom.place][atom.row] = 1.0
-    for name, value in (strength or {}).items():
+    for atom, value in find_each(ranked, strength or {}).items():
         if not math.isfinite(value):
-            raise UserError(f"The strength of {name} must be a finite number, got {value}.")
-        atom = find(ranked, name)
+            raise UserError(f"The strength of {atom.called} must be a finite number, got {value}.")
         values[atom.place][atom.row] = value
     return values
 
@@ -434,6 +457,8 @@ class Match:
     likeness: float | None
     """Cosine of the rank-one maps encoder x atom, which is the product of both cosines; to the likest one there is,
     where there is none that it is."""
+    importance: float | None = None
+    """Effect of A's atom, or of B's where only B has it; None where nothing was measured."""
 
 
 @dataclass(frozen=True)
@@ -463,15 +488,24 @@ def diff(a: str | Path, b: str | Path, alike: float = 0.5) -> Difference:
     hits = [bool(tables[path][i].argmax() == j) for path, pairs in ids.items() for i, j in pairs]
     by_id = sum(hits) * 2 > len(hits)
     pairs = ids if by_id else {path: _likest(table, alike) for path, table in tables.items()}
+    measured = [load_statistics(folder) for folder in (a, b)]
+
+    def effect(side: int, path: str, row: int) -> float | None:
+        values = measured[side].get(path, {}).get("effect")
+        return None if values is None or row >= len(values) else values[row].item()
+
     matches = []
     for path in dict.fromkeys([*(first.sites or []), *(second.sites or [])]):
         mine, theirs = _names(first, path, left, noted), _names(second, path, right, other_noted)
         for i, j in pairs.get(path, []):
             kind = _kind(_row(left[path], i), _row(right[path], j))
-            matches.append(Match(kind, path, mine.pop(i), theirs.pop(j), tables[path][i, j].item()))
+            likeness = tables[path][i, j].item()
+            matches.append(Match(kind, path, mine.pop(i), theirs.pop(j), likeness, effect(0, path, i)))
         best = [tables[path].amax(dim).tolist() for dim in (1, 0)] if path in tables else None
-        matches += [Match("only A", path, name, None, best[0][i] if best else None) for i, name in mine.items()]
-        matches += [Match("only B", path, None, name, best[1][j] if best else None) for j, name in theirs.items()]
+        for i, name in mine.items():
+            matches.append(Match("only A", path, name, None, best[0][i] if best else None, effect(0, path, i)))
+        for j, name in theirs.items():
+            matches.append(Match("only B", path, None, name, best[1][j] if best else None, effect(1, path, j)))
     settings = {name: (getattr(first, name), getattr(second, name)) for name in SETTINGS}
     settings = {name: pair for name, pair in settings.items() if pair[0] != pair[1]}
     return Difference("id" if by_id else "likeness", settings, gate, matches)

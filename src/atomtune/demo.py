@@ -20,7 +20,7 @@ from atomtune.atoms import FORMULAS, Atom
 from atomtune.backbones import EMBEDDED, backbone_of, open_pipeline
 from atomtune.compare.tasks import LEARNED, leak, subject_lesson
 from atomtune.data.picture import to_tensor
-from atomtune.errors import UserError
+from atomtune.errors import UserError, did_you_mean
 from atomtune.explore.overlay import overlay, scale_of
 from atomtune.explore.report import AtomRow, Cell, Curve, Fact, Report, Strip, write_report
 from atomtune.files import write_whole
@@ -42,9 +42,10 @@ def demo(
 ) -> dict[str, Any]:
     """Run the demo; returns the row of full density. Writes result.json and report.html in `out`."""
     if subject not in CLASS_OF or subject in OBJECTS:
-        free = ", ".join(sorted(set(CLASS_OF) - set(OBJECTS)))
+        free = sorted(set(CLASS_OF) - set(OBJECTS))
         raise UserError(
-            f"`subject` must be an object that the embedded model has never seen ({free}), got {subject!r}."
+            f"`subject` must be an object that the embedded model has never seen ({', '.join(free)}), "
+            f"got {subject!r}.{did_you_mean(subject, free)}"
         )
     if prompts < 1:
         raise UserError(f"`prompts` must be at least 1, got {prompts}.")

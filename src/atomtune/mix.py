@@ -98,6 +98,11 @@ class Mixture(Adapter):
                 stack.enter_context(self.parts[name].worded(cast("Mapping[str, str]", own), until))
             yield
 
+    def shut(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts for which the gates of all parts are shut."""
+        shut = [part.shut(prompts) for part in self.parts.values()]
+        return [prompt for prompt in prompts if all(prompt in some for some in shut)]
+
     def keep(self, left: Sequence[Atom]) -> int:
         """Keep only these of its atoms, at least one of each part, for good; returns how many."""
         own = {name: [a for a in left if a.part == name] for name in self.parts}

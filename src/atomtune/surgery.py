@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from atomtune.adapter import Adapter
+from atomtune.atoms import find_each
 from atomtune.tuner.notes import Notes, check_notes, notes
 
 
@@ -31,8 +32,8 @@ def name(adapter: Adapter, labels: Mapping[str, str], texts: Mapping[str, str] |
     # Of the atoms that are left: the label of a dropped one is free.
     fresh: Notes = {a.name: {"label": a.label, "note": a.note} for a in atoms}
     for field, values in (("label", labels), ("note", texts or {})):
-        for atom, text in values.items():
-            fresh[atoms[atom].name][field] = text.strip()
+        for atom, text in find_each(atoms.ranked, values).items():
+            fresh[atom.name][field] = text.strip()
     fresh = {atom: {k: v for k, v in entry.items() if v} for atom, entry in fresh.items() if any(entry.values())}
     check_notes(fresh, "`name`")
     there = notes(adapter.pipe, adapter.name)

@@ -1,6 +1,8 @@
 """The command line: help without torch, one line for a mistake, data on stdout, and the whole way once."""
 
+import dataclasses
 import errno
+import inspect
 import json
 import re
 import signal
@@ -17,6 +19,7 @@ from PIL import Image
 
 import atomtune
 from atomtune.cli import COMMANDS, FILES, main
+from atomtune.cli.common import counted
 from atomtune.training import checkpoints
 from atomtune.training.run import Run
 
@@ -91,11 +94,45 @@ def test_an_unknown_command_gets_a_suggestion(capsys: pytest.CaptureFixture) -> 
     assert "Did you mean" not in mistake(main(["xyzzy"]), capsys)
 
 
+def test_libraries_are_silent_and_a_misspelt_subject_gets_a_suggestion() -> None:
+    asked = [sys.executable, "-m", "atomtune", "demo", "--subject", "pineaple"]
+    (line,) = subprocess.run(asked, capture_output=True, text=True, check=False).stderr.splitlines()
+    assert line.endswith("got 'pineaple'. Did you mean `pineapple`?")
+
+
 def test_an_unknown_option_gets_a_suggestion(capsys: pytest.CaptureFixture) -> None:
     assert main(["train", "--data", "x", "--setps", "3"]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert "--steps" in err
+
+
+def test_defaults_are_the_librarys() -> None:
+    from atomtune import Adapter, atoms, lora, mix
+    from atomtune.cli import diff, edit, export, generate, imported, prune
+    from atomtune.cli import mix as cli_mix
+    from atomtune.training.refit import refit
+
+    same: list[tuple[Any, Callable[..., Any]]] = [
+        (generate, Adapter.using),
+        (generate, atomtune.generate),
+        (prune, Adapter.prune),
+        (prune, refit),
+        (diff, atoms.diff),
+        (export, lora.export_lora),
+        (imported, lora.import_lora),
+        (edit, atomtune.edit),
+    ]
+    checked = 0
+    for module, function in same:
+        given = inspect.signature(function).parameters
+        for field in dataclasses.fields(module.Command):
+            if field.name in given and isinstance(field.default, (int, float, str)):
+                assert field.default == given[field.name].default, (module.__name__, field.name)
+                checked += 1
+    assert checked > 10
+    limits = inspect.signature(mix.conflicts).parameters
+    assert cli_mix.Command.limits == (limits["together"].default, limits["along"].default)
 
 
 # ------------------------------------------------------------------------------------------- the whole way once
@@ -142,6 +179,7 @@ def test_train_atoms_prune_generate(train: Train, runs: Path, tmp_path: Path, ca
     out, err = capsys.readouterr()
     assert out.splitlines() == [str(pictures / "00007.png"), str(pictures / "00008.png")]
     assert "2 pictures in" in err
+    assert [counted(n, "picture") for n in (0, 1)] == ["0 pictures", "1 picture"]
     adapter = atomtune.load(atomtune.open_pipeline(str(json_base(pruned))), pruned)
     with adapter.using(density=0.8, atoms={names[0]: 0.0, names[1]: 2.0}):
         again = atomtune.generate(adapter.pipe, ["a kite", "a house"], seed=7, steps=2)
@@ -152,7 +190,9 @@ def test_train_atoms_prune_generate(train: Train, runs: Path, tmp_path: Path, ca
     wrong: list[tuple[list[str], str]] = [
         (["generate", str(run), "a kite", "--density", "1.5"], "`density` must be between 0 and 1, got 1.5"),
         (["generate", str(run), "a kite", "--atom", "L0[99]=1"], "no atom L0[99]. Did you mean `L0["),
-        (["generate", str(run), "a kite", "--atom", "L0[1]"], "`atom` must be like L17[137]=0.5, got 'L0[1]'"),
+        (["generate", str(run), "a kite", "--atom", "L0[1]"], "`atom` must be like L17[137]=0.5, each name once, got"),
+        (["generate", str(run), "a kite", "--atom", "L0[1]=0", "--atom", "L0[1]=2"], "once, got 'L0[1]=2'"),
+        (["generate", str(run), "a kite", "--site", "to_v=0", "--site", "to_v=3"], "once, got 'to_v=3'"),
         (["generate", str(run), "a kite", "--atom", "L0[1]=much"], "`atom` must be like L17[137]=0.5"),
         (["generate", str(run), "a kite", "--strength", "nan"], "`strength` must be a finite number"),
         (["generate", str(run)], "`prompts` must name at least one picture"),
@@ -160,8 +200,18 @@ def test_train_atoms_prune_generate(train: Train, runs: Path, tmp_path: Path, ca
         (["atoms", str(run), "--formula", "best"], "`formula` must be one of effect,"),
         (["atoms", str(run), "--top", "0"], "`top` must be at least 1"),
         (["atoms", str(tmp_path)], "holds no adapter: adapter_config.json is missing"),
+        (["atoms", str(tmp_path / "nowhere")], "There is no folder"),
+        (["atoms", str(run), "--formula", "effct"], "got 'effct'. Did you mean `effect`?"),
+        (["atoms", str(run), "--prompts", "a kite"], "`prompts` are what --curve and --look paint"),
+        (["atoms", str(run), "--look", str(run / "options.json")], "`look` must be a folder, got the file"),
         (["prune", str(run), "--out", str(tmp_path / "x")], "`keep` or `count` must be given"),
-        (["prune", str(run), "--out", str(tmp_path / "x"), "--keep", "1.5"], "`keep` must leave between 1 and"),
+        (
+            ["prune", str(run), "--out", str(tmp_path / "x"), "--keep", "25"],
+            "must be a share above 0 and at most 1, got 25. --count",
+        ),
+        (["prune", str(run), "--out", str(tmp_path / "x"), "--count", "99"], "`count` must be between 1 and"),
+        (["import", str(run), "--out", str(tmp_path / "x"), "--prompt", "a kite"], "holds atoms already, and no LoRA"),
+        (["import", str(tmp_path), "--out", str(tmp_path / "x"), "--prompt", "a kite"], "`lora` must be a file"),
         (["prune", str(run), "--out", str(pruned), "--keep", "0.5"], "`out` must not exist yet"),
     ]
     for arguments, message in wrong:
@@ -194,7 +244,9 @@ def test_ctrl_c_exits_130_and_resume_goes_on(
     assert "stopped after step 2; go on with: atomtune train --resume --out" in err
     assert err.splitlines()[-1] == "interrupted"
     assert checkpoints.newest(runs / "ctrl-c")[0] == 2  # type: ignore[index]
-    assert main(["train", "--resume", "--out", str(runs / "ctrl-c")]) == 0
+    line = mistake(main(["generate", str(runs / "ctrl-c"), "a kite"]), capsys)
+    assert "holds no adapter: the run stands at step 2 of 3 (stopped). Go on: atomtune train --resume" in line
+    assert main(line.partition(": atomtune ")[2].split()) == 0
     steps = [json.loads(line)["step"] for line in (runs / "ctrl-c" / "log.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3]
 
@@ -266,7 +318,7 @@ def test_wrong_data_is_one_line(train: Train, tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--sites", "to_qq"], "no module is named 'to_qq'. Did you mean `to_q`"),
+        (["--sites", "to_qq"], "`target_modules` (--sites): no module is named 'to_qq'. Did you mean `to_q`"),
         (["--sparsifier", "topk", "--k", "9"], "`k` must be between 1 and n_atoms (4), got 9. Lower"),
         (["--steps", "0"], "`steps` must be at least 1, got 0."),
         (["--lr", "nan"], "`lr` must be above 0, got nan."),
@@ -304,6 +356,6 @@ def test_an_unknown_base_is_one_line(
     assert f"`base` can't be loaded from {broken}" in mistake(train(tmp_path / "run", base=str(broken)), capsys)
     # Offline, as a fault of the network would be.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert "`base` can't be loaded from nobody/nothing" in mistake(
-        train(tmp_path / "run", base="nobody/nothing"), capsys
-    )
+    line = mistake(train(tmp_path / "run", base="nobody/nothing"), capsys)
+    assert "`base` can't be loaded from nobody/nothing: it is not in the hub's cache here" in line
+    assert "stacktrace" not in line

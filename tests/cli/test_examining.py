@@ -59,6 +59,19 @@ def test_an_unknown_site_is_a_problem_beside_the_others(data: Path, told: Told) 
     assert any("`resolution`" in line for line in report["problems"])
 
 
+def test_an_existing_folder_is_a_problem_and_the_cost_is_told_still(data: Path, told: Told, tmp_path: Path) -> None:
+    (data / "0.png").write_bytes(b"no picture")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("mine")
+    code, report = told()
+    assert code == 1
+    first, second = report["problems"]
+    assert first.startswith("`out` exists")
+    assert "0.png" in second
+    assert report["cost"]["steps"] == 4
+    assert report["memory"]["weights"] > 0
+
+
 def test_where_no_picture_is_left_the_reasons_are_counted(data: Path, told: Told) -> None:
     """Complaint 6: it says why nothing is left, and which flag helps."""
     code, report = told("--max-pixels", "9", "--skip-broken")

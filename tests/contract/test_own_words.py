@@ -145,7 +145,13 @@ def test_what_cannot_be_read_is_told(adapter: Adapter, capsys: pytest.CaptureFix
     latents = torch.zeros(1, denoiser(adapter.pipe).config.in_channels, 8, 8)  # type: ignore[union-attr, arg-type]
     with adapter.using(own_words={"kite": "horse"}), pytest.raises(UserError, match="let the pipeline encode it"):
         backbone_of(adapter.pipe).predict(denoiser(adapter.pipe), latents, torch.tensor([0.5]), told)
-    for given in (["kite"], ["=horse"], ["kite=horse", "kite:kite=horse"], ["a:kite=horse", "kite=horse"]):
+    for given in (
+        ["kite"],
+        ["=horse"],
+        ["kite=horse", "kite=cow"],
+        ["kite=horse", "kite:kite=horse"],
+        ["a:kite=horse", "kite=horse"],
+    ):
         asked = [text for one in given for text in ("--own-words", one)]
         assert main(["generate", "none", "a kite", *asked]) == 2
         assert "`own_words` must be WORDS=OTHERS" in capsys.readouterr().err

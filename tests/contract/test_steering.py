@@ -273,7 +273,7 @@ def test_the_command_line_says_the_same(bases: dict[str, Path], tmp_path: Path, 
             picture = np.asarray(atomtune.generate(adapter.pipe, ["a kite"], steps=2)[0])
         assert np.array_equal(picture, np.asarray(Image.open(capsys.readouterr().out.strip()))), options
     for options, message in (
-        ("--site=to_v", "`site` must be like L17=2.5, got 'to_v'"),
+        ("--site=to_v", "`site` must be like L17=2.5, each name once, got 'to_v'"),
         ("--time=0.5", "`time` must be like 0.6-1.0, got 0.5"),
         (f"--where={run}", "`where` must be a picture file, got"),
     ):

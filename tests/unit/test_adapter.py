@@ -180,6 +180,7 @@ def test_the_base_is_named_in_the_file(run: Path, bases: dict[str, Path], tmp_pa
     with pytest.raises(UserError, match=r"adapter_config\.json is missing"):
         base_of(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{")
+    (tmp_path / "adapter_model.safetensors").touch()
     with pytest.raises(UserError, match="can't be read"):
         base_of(tmp_path)
 

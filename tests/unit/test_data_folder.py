@@ -310,6 +310,11 @@ def test_a_caption_in_another_encoding_is_told(tmp_path: Path, data: bytes) -> N
     picture(tmp_path / "a.png")
     (tmp_path / "a.txt").write_bytes(data)
     assert "a.txt must be UTF-8 text" in complaint(tmp_path)
+    picture(tmp_path / "b.png")
+    (tmp_path / "b.txt").write_text("a square")
+    found = scan(tmp_path, skip_broken=True)
+    assert [sample.path.name for sample in found.samples] == ["b.png"]
+    assert found.by_reason()["caption cannot be read"] == ["a.png"]
 
 
 def test_two_captions_for_one_picture_are_told(tmp_path: Path) -> None:

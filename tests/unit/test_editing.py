@@ -28,7 +28,7 @@ from atomtune.training.batch import draw
 from atomtune.training.encode import Bucket
 from atomtune.training.objective import among
 from atomtune.training.prepare import Item
-from atomtune.tuner import base_only
+from atomtune.tuner import atom_layers, base_only, prompt_gate
 
 SOURCE, PROMPTS = "a kite on a red background", ["a kite on a blue background", "a big kite"]
 SHORT = dataclasses.replace(TUNING, steps=3, n_atoms=4, lr=0.1, sites=("layers.0.attn.to_q", "to_out.0"))
@@ -243,6 +243,30 @@ def test_the_whole_way_by_command_and_function(
         assert main(arguments) == 2
         assert f"error: {message}" in (err := capsys.readouterr().err) or message in err
         assert not (tmp_path / "x").exists()
+
+
+def test_a_shut_gate_is_told_and_nothing_is_best(
+    bases: dict[str, Path], picture: Image.Image, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pipe = atomtune.open_pipeline(str(bases["lumina2"]))
+    gate = {"gate_input": "encoder_hidden_states", "gate_mask": "encoder_attention_mask", "gate_dim": 192}
+    with random_atoms(pipe, n_atoms=2, target_modules=["layers.0.attn.to_q"], **gate):
+        names = ("effect", "density", "purity")
+        adapter = atomtune.Adapter(pipe, {site: {n: torch.ones(2) for n in names} for site in atom_layers(pipe)})
+        bias = prompt_gate(pipe.transformer).bias.data  # type: ignore[union-attr]
+        bias.fill_(0)
+        assert adapter.shut(PROMPTS) == []
+        bias.fill_(99)
+        assert adapter.shut(PROMPTS) == PROMPTS
+        adapter.save(tmp_path / "run")
+    picture.save(tmp_path / "kite.png")
+    asked = ["edit", str(tmp_path / "kite.png"), "--source", SOURCE, "--prompt", PROMPTS[0], "--sampler", "1"]
+    asked += ["--base", str(bases["lumina2"]), "--tuned", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
+    assert main([*asked, "--purity", "0", "--keep", "1", "--strength", "1", "0.5"]) == 0
+    out, err = capsys.readouterr()
+    assert f"the gate is shut for {PROMPTS[0]!r}" in err
+    assert len(out.splitlines()) == 3
+    assert "best" not in out
 
 
 def test_mistakes_are_told_before_anything_is_written(

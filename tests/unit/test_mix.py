@@ -304,6 +304,11 @@ def test_commands(places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     given, m = ["mix", f"a={places / 'a'}", f"same={places / 'same'}"], str(tmp_path / "m")
     assert main([*given, "--prompt", "a kite", "--limits", "0.9", "0.9"]) == 0
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert rows[0] == ["atom", "weaker", "correlation", "cosine", "site"]
+    assert main([*given, "--prompt", "a kite", "--limits", "0.9", "0.9", "--top", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert [line.split() for line in out.splitlines()] == rows[:2]
+    assert f"{len(rows) - 2} more than shown: --top" in err
     assert ["a/L2[0]", "same/L2[0]", "1.00", "1.00", SITE] in rows
     assert main([*given, "--weight", "same=0.5", "--out", m]) == 0
     assert json.loads((tmp_path / "m" / MIXTURE).read_text())["weights"] == {"a": 1.0, "same": 0.5}
@@ -326,10 +331,10 @@ def test_commands(places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
         assert np.array_equal(np.asarray(atomtune.generate(mixture.pipe, ["a kite"], steps=2)[0]), regions)
     for arguments, message in (
         (["--where", f"b={left}"], "`steer`: the parts are a, same, got 'b'"),
-        (["--where", str(left), "--where", str(right)], "`where` must be like name=value"),
+        (["--where", str(left), "--where", str(right)], "`where` must be like PART=MASK, each name once"),
         (["--density", "a/L9=0.5"], "no site 'a/L9'. Did you mean `a/L"),
         (["--density", "0.5", "--density", "much"], "`density` must be one number, or several like L17=0.2"),
-        (["--density", "L0=much"], "`density` must be like L17=0.2, got 'L0=much'"),
+        (["--density", "L0=much"], "`density` must be like L17=0.2, each name once, got 'L0=much'"),
         (["--purity", "2"], "`purity` must be between 0 and 1, got 2.0"),
     ):
         assert main([*painted, *arguments]) == 2
@@ -339,7 +344,7 @@ def test_commands(places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main([*given, "--one-file", "--out", str(tmp_path / "one")]) == 0
     for arguments, message in (
         ([*given, "--out", m], "`out` must not exist yet"),
-        ([*given, f"a={places / 'b'}"], "`adapter` must be like name=value, each name once, got 'a="),
+        ([*given, f"a={places / 'b'}"], "`adapter` must be like NAME=ADAPTER, each name once, got 'a="),
         ([*given, "--weight", "a=much"], "`weight` of a must be a finite number, got 'much'"),
         ([*given, "--drop-weaker", "--out", str(tmp_path / "x")], "`prompt` must be given"),
     ):

@@ -225,7 +225,9 @@ def everything(pipe: Any, batch_size: int = 8) -> dict[str, Any]:
     return found | {f"share{row['atom']}": np.array(list(row.values())[1:]) for row in shares}
 
 
-def test_a_batch_changes_nothing_and_a_reloaded_adapter_shows_the_same(pipe: Any, tmp_path: Path) -> None:
+def test_a_batch_changes_nothing_and_a_reloaded_adapter_shows_the_same(
+    pipe: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before, alone = everything(pipe), everything(pipe, 1)
     assert all(np.allclose(alone[name], value, atol=1e-4, equal_nan=True) for name, value in before.items())
     few, _ = fired(*some(pipe, PROMPTS[:1]), ranking(pipe))
@@ -240,6 +242,8 @@ def test_a_batch_changes_nothing_and_a_reloaded_adapter_shows_the_same(pipe: Any
     assert main([*command, "--curve", str(tmp_path / "curve.png")]) == 2
     assert main([*command, "--curve", str(tmp_path / "curve.svg")]) == 2  # it does not know the concept
     assert main([*command, "--curve", str(tmp_path / "curve.svg"), "--prompts", "a kite"]) == 0
+    told = capsys.readouterr().err.splitlines()
+    assert {str(tmp_path / "curve.svg"), f"2 sheets in {tmp_path / 'look'}"} <= set(told)
     assert (tmp_path / "curve.svg").read_text().startswith("<svg")
     sheets = [np.asarray(Image.open(path)).shape for path in (tmp_path / "look").glob("L*.png")]
     assert sheets == [(picture(pipe).height, 6 * picture(pipe).width, 3)] * 2

@@ -80,6 +80,8 @@ def test_labels_and_notes_survive_pruning_saving_and_loading(tmp_path: Path) -> 
         without = reloaded.pipe(X)
     with reloaded.using(strength={"L0[3]": 0.0}):
         assert torch.equal(reloaded.pipe(X), without)
+    with pytest.raises(UserError, match="given twice"), reloaded.using(strength={"big leaves": 0, "L0[3]": 2}):
+        pass
     with pytest.raises(UserError, match=r"named like L17\[137\], or as it was labelled, got 'big leafs'.*big leaves"):
         reloaded.atoms["big leafs"]
     name(reloaded, {"big leaves": "", "L1[1]": "shade"})  # the label of a pruned atom is free
@@ -176,12 +178,17 @@ def test_commands(tmp_path: Path, bases: dict[str, Path], capsys: pytest.Capture
     assert main(["diff", run, less]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[1:6] == ["shared        6", "changed       0", "only A        2", "only B        0", "gate       none"]
-    assert {line.split()[0] for line in out[-2:]} == {"leaves", "L1[0]"}
+    assert [line.split()[:4] for line in out[-2:]] == [["leaves", "-", "4.0000", "-"], ["L1[0]", "-", "0.5000", "-"]]
+    assert main(["diff", run, less, "--top", "1"]) == 0
+    assert "1 more than shown: --top" in capsys.readouterr().err
+    assert main(["diff", run, run]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("gate "), "no table where nothing differs"
     assert main(["diff", run, less, "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["matches"]) == 8
     for arguments, message in (
         (["--drop", "L0[0]"], "`out` must be a folder that does not exist yet, got None"),
         (["--drop", "L0[0]", "--out", run], "`out` must be a folder that does not exist yet"),
+        (["--note", "leaves=a", "--note", "L0[3]=b"], "leaves (L0[3]) is given twice, by its label and its name"),
         (["--note", "leaves=a", "--note", "leaves=b"], "`note` must be like name=value, each name once"),
         (["--keep", "stalk", "--out", less + "2"], "or as it was labelled, got 'stalk'"),
     ):

@@ -162,6 +162,9 @@ def open_pipeline(base: str, dtype: str = "float32", device: str | None = None) 
                 )
         except (OSError, ValueError) as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            if "stacktrace" in reason:  # diffusers tells of the hub's own error above its own
+                why = type(error.__cause__).__name__
+                reason = f"it is not in the hub's cache here, and the hub gives {why}. Check the id and the network."
             raise UserError(f"`base` can't be loaded from {base}: {reason}") from error
         pipe.set_progress_bar_config(disable=True)
     backbone_of(pipe)

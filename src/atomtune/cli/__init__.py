@@ -65,7 +65,8 @@ def _run(name: str, arguments: list[str]) -> int:
     from atomtune.errors import UserError
 
     # Optional kernels that are missing here are no news to a user.
-    for quiet in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):
+    optional = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao", "bitsandbytes.backends.cpu.ops")
+    for quiet in optional:
         logging.getLogger(quiet).setLevel(logging.ERROR)
     module = importlib.import_module(f"atomtune.cli.{FILES.get(name, name)}")
     try:

@@ -39,13 +39,16 @@ class Command:
 
     def run(self) -> None:
         from atomtune.atoms import FORMULAS
-        from atomtune.cli.common import open_adapter
+        from atomtune.cli.common import check_top, counted, open_adapter
         from atomtune.errors import UserError
 
-        if self.top < 1:
-            raise UserError(f"`top` must be at least 1, got {self.top}.")
+        check_top(self.top)
         if self.curve and self.curve.suffix != ".svg":
             raise UserError(f"`curve` must end in .svg, got {self.curve}.")
+        if self.look and self.look.exists() and not self.look.is_dir():
+            raise UserError(f"`look` must be a folder, got the file {self.look}.")
+        if self.prompts and not (self.curve or self.look):
+            raise UserError("`prompts` are what --curve and --look paint. Give one of them.")
         atoms = open_adapter(self.adapter, self.base, self.allow_other_base).atoms.by(self.formula)
         if self.curve or self.look:
             self._paint(atoms)
@@ -64,11 +67,12 @@ class Command:
             row = f"{a.title:<{width}} {a.importance:>10.4f} {share:>6.1%} {a.density:>7.2f} {purity:>6}  {a.path}"
             print(f"{row}  {a.note}".rstrip())
         dead = sum(a.dead for a in atoms)
-        print(f"{len(atoms)} atoms, {dead} dead; importance: {FORMULAS[self.formula]}", file=sys.stderr)
+        print(f"{counted(len(atoms), 'atom')}, {dead} dead; importance: {FORMULAS[self.formula]}", file=sys.stderr)
 
     def _paint(self, atoms: Any) -> None:
-        """Write what --curve and --look ask for."""
+        """Write what --curve and --look ask for, and say where."""
         from atomtune.adapter import concept_of
+        from atomtune.cli.common import counted
         from atomtune.errors import UserError
         from atomtune.explore import sheets
 
@@ -79,5 +83,8 @@ class Command:
         call: dict[str, Any] = {} if self.steps is None else {"num_inference_steps": self.steps}
         if self.curve:
             sheets.curve(atoms, prompts, self.curve, **call)
+            print(self.curve, file=sys.stderr)
         if self.look:
-            sheets.look(atoms, atoms.top(self.top), prompts[0], self.look, **call)
+            shown = atoms.top(self.top)
+            sheets.look(atoms, shown, prompts[0], self.look, **call)
+            print(f"{counted(len(shown), 'sheet')} in {self.look}", file=sys.stderr)

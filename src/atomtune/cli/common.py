@@ -40,11 +40,11 @@ def parse_numbers(field: str, like: str, pairs: tuple[str, ...]) -> dict[str, fl
     for pair in pairs:
         name, sign, value = pair.partition("=")
         try:
-            if not sign:
+            if not sign or name.strip() in found:
                 raise ValueError
             found[name.strip()] = float(value)
         except ValueError:
-            raise UserError(f"`{field}` must be like {like}, got {pair!r}.") from None
+            raise UserError(f"`{field}` must be like {like}, each name once, got {pair!r}.") from None
     return found
 
 
@@ -72,12 +72,23 @@ def parse_time(text: str | None) -> tuple[float, float] | None:
     return first, last
 
 
-def pairs(field: str, given: tuple[str, ...]) -> dict[str, Any]:
+def check_top(top: int) -> None:
+    """Raises UserError where --top shows nothing."""
+    if top < 1:
+        raise UserError(f"`top` must be at least 1, got {top}.")
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 picture`, `2 pictures`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def pairs(field: str, given: tuple[str, ...], like: str = "name=value") -> dict[str, Any]:
     """Arguments like `name=value` as a table."""
     found: dict[str, Any] = {}
     for pair in given:
         name, sign, value = (word.strip() for word in pair.partition("="))
         if not sign or not name or name in found:
-            raise UserError(f"`{field}` must be like name=value, each name once, got {pair!r}.")
+            raise UserError(f"`{field}` must be like {like}, each name once, got {pair!r}.")
         found[name] = value
     return found

@@ -28,7 +28,9 @@ class Command:
 
     def run(self) -> None:
         from atomtune.atoms import diff
+        from atomtune.cli.common import check_top
 
+        check_top(self.top)
         found = diff(*self.adapter, alike=self.alike)
         if self.json:
             print(json.dumps(dataclasses.asdict(found), indent=1))
@@ -39,10 +41,14 @@ class Command:
         print(f"{'gate':<8} {found.gate:>6}")
         for name, (a, b) in found.settings.items():
             print(f"{name:<8} {a} -> {b}")
-        print(f"\n{'A':<16} {'B':<16} {'likeness':>8}  site")
         different = [m for m in found.matches if m.kind != "shared"]
-        different.sort(key=lambda m: m.likeness or 0.0, reverse=found.by == "likeness")
+        if not different:
+            return
+        different.sort(key=lambda m: -(m.importance or 0.0))
+        print(f"\n{'A':<16} {'B':<16} {'importance':>10} {'likeness':>8}  site")
         for m in different[: self.top]:
-            likeness = "-" if m.likeness is None else f"{m.likeness:.3f}"
-            print(f"{m.a or '-':<16} {m.b or '-':<16} {likeness:>8}  {m.path}")
-        print(f"atoms matched by {found.by}; likeness: cosine of encoder x cosine of atom", file=sys.stderr)
+            importance = "-" if m.importance is None else f"{m.importance:.4f}"
+            likeness = f"{m.likeness:.3f}" if m.a and m.b else "-"
+            print(f"{m.a or '-':<16} {m.b or '-':<16} {importance:>10} {likeness:>8}  {m.path}")
+        more = f"; {len(different) - self.top} more than shown: --top" if len(different) > self.top else ""
+        print(f"atoms matched by {found.by}; likeness: cosine of encoder x cosine of atom{more}", file=sys.stderr)

@@ -22,7 +22,10 @@ class Command:
     """The picture to edit; its middle, square."""
     source: str
     """What it shows."""
-    prompt: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="PROMPT")]
+    prompt: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]],
+        tyro.conf.arg(metavar="PROMPT", help_behavior_hint="(required, repeatable)"),
+    ]
     """What an edit shall show; may be given several times."""
     out: Path
     """Folder for the strips, the pictures and the adapter."""
@@ -44,8 +47,8 @@ class Command:
         from atomtune.cli import command_line
         from atomtune.cli.common import device_of
         from atomtune.data.picture import open_mask
-        from atomtune.editing.sweep import best, table
-        from atomtune.explore.strips import save_edits
+        from atomtune.editing.sweep import table
+        from atomtune.explore.strips import marked, save_edits
         from atomtune.measure.edits import ALIGNMENT, LIKENESS
 
         pipe = atomtune.open_pipeline(self.base, device=device_of(self.device))
@@ -61,7 +64,7 @@ class Command:
             adapter=None if self.tuned is None else atomtune.load(pipe, self.tuned),
             command=command_line(),
         )
-        strips, rows, chosen = save_edits(done, self.out), table(done.found), best(done.found)
+        strips, rows, chosen = save_edits(done, self.out), table(done.found), marked(done.found)
         if self.json:
             edits = [
                 {"prompt": e.prompt, "seed": e.seed, "likeness": e.likeness, "alignment": e.alignment}
@@ -72,11 +75,13 @@ class Command:
         else:
             print(f"{'purity':>6} {'keep':>5} {'strength':>8} {'likeness':>8} {'alignment':>9} {'score':>5}")
             for row in rows:
-                mark = "  best" if all(row[name] == value for name, value in vars(chosen).items()) else ""
+                mark = "  best" if chosen and all(row[k] == value for k, value in vars(chosen).items()) else ""
                 print(
                     f"{row['purity']:>6.2f} {row['keep']:>5.0%} {row['strength']:>8.2f} {row['likeness']:>8.3f} "
                     f"{row['alignment']:>+9.3f} {row['score']:>5.2f}{mark}"
                 )
+        for prompt in done.adapter.shut(self.prompt):
+            print(f"warning: the gate is shut for {prompt!r}: its edits are all the base's", file=sys.stderr)
         print(f"likeness: {LIKENESS}\nalignment: {ALIGNMENT}", file=sys.stderr)
         print("score: their sum, each from 0 to 1 over the sweep", file=sys.stderr)
         for path in strips:

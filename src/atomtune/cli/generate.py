@@ -63,13 +63,14 @@ class Command:
 
     def run(self) -> None:
         import atomtune
-        from atomtune.cli.common import open_adapter, parse_density
+        from atomtune.atoms import find_each
+        from atomtune.cli.common import counted, open_adapter, parse_density, parse_numbers
         from atomtune.sampling import save_pictures
 
         dials = self._dials() | {"own_words": self._own_words(), "own_until": self.own_until}
         adapter = open_adapter(self.adapter, self.base, self.allow_other_base, self.device)
-        for name, value in dials.get("atoms", {}).items():
-            print(f"{adapter.atoms[name].title} at {value:g}", file=sys.stderr)
+        for atom, value in find_each(adapter.atoms.ranked, parse_numbers("atom", "L17[137]=0.5", self.atom)).items():
+            print(f"{atom.title} at {value:g}", file=sys.stderr)
         dials |= {"purity": self.purity, "contain": self.contain, "beside": self.beside}
         with adapter.using(parse_density(self.density), **dials):
             pictures = atomtune.generate(
@@ -77,7 +78,7 @@ class Command:
             )
         for path in save_pictures(pictures, self.out, self.seed):
             print(path)
-        print(f"{len(pictures)} pictures in {self.out}", file=sys.stderr)
+        print(f"{counted(len(pictures), 'picture')} in {self.out}", file=sys.stderr)
 
     def _own_words(self) -> dict[str, Any]:
         """Words by what is read instead; where a part is named, by part."""
@@ -88,9 +89,10 @@ class Command:
             words, sign, own = given.partition("=")
             part, _, said = words.rpartition(":")
             mixed = bool(by_part) and ("" in by_part) != (part == "")
-            if not sign or not said or mixed:
+            if not sign or not said or mixed or said in by_part.get(part, {}):
                 raise UserError(
-                    f"`own_words` must be WORDS=OTHERS or, for a mixture, each time PART:WORDS=OTHERS, got {given!r}."
+                    "`own_words` must be WORDS=OTHERS or, for a mixture, each time PART:WORDS=OTHERS, each words once, "
+                    f"got {given!r}."
                 )
             by_part.setdefault(part, {})[said] = own
         return by_part.get("", by_part)
@@ -111,7 +113,7 @@ class Command:
         if any("=" in given for given in self.where) or len(self.where) > 1:
             if atoms | sites:
                 raise UserError("`where` by part takes no --atom and --site. Turn them by themselves.")
-            regions = {part: _picture(Path(path)) for part, path in pairs("where", self.where).items()}
+            regions = {part: _picture(Path(path)) for part, path in pairs("where", self.where, "PART=MASK").items()}
             return {"steer": {p: [Steer(None, self.strength, where=mask, **limits)] for p, mask in regions.items()}}
         limits["where"] = _picture(Path(self.where[0])) if self.where else None
         if not atoms | sites:

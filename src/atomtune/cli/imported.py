@@ -18,8 +18,11 @@ class Command:
     """The .safetensors file of a LoRA, or a folder with one."""
     out: Path
     """Folder for the atoms."""
-    prompt: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="PROMPT")] = ()
-    """A prompt that the LoRA was made for; may be given several times."""
+    prompt: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]],
+        tyro.conf.arg(metavar="PROMPT", help_behavior_hint="(required, repeatable)"),
+    ]
+    """A prompt that the LoRA was made for, on which atoms are measured; may be given several times."""
     exact: bool = False
     """Its rank-one components as atoms, signed and always on, instead of a sparse dictionary of what it adds."""
     base: str = "embedded"
@@ -33,15 +36,18 @@ class Command:
 
     def run(self) -> None:
         import atomtune
-        from atomtune.cli.common import device_of
+        from atomtune.cli.common import counted, device_of
         from atomtune.errors import UserError
         from atomtune.lora import import_lora
+        from atomtune.tuner.lora import lora_file
 
         if self.out.exists():
             raise UserError(f"`out` must not exist yet: {self.out}. Choose another folder.")
+        lora_file(self.adapter)
         pipe = atomtune.open_pipeline(self.base, device=device_of(self.device))
         adapter, lost = import_lora(pipe, self.adapter, self.prompt, exact=self.exact, seed=self.seed, steps=self.steps)
         adapter.save(self.out, {"LoRA": self.adapter.name, "energy lost": f"{lost:.2%}"})
         print(self.out)
-        print(f"{len(adapter.atoms)} atoms; {lost:.2%} of the energy of what the LoRA adds is lost", file=sys.stderr)
+        made = counted(len(adapter.atoms), "atom")
+        print(f"{made}; {lost:.2%} of the energy of what the LoRA adds is lost", file=sys.stderr)
         print(f"  atomtune atoms {self.out}", file=sys.stderr)

@@ -18,6 +18,8 @@ class Command:
     """Two or more folders of runs or saved adapters, each with a name for its part, such as style=FOLDER."""
     out: Path | None = None
     """Folder for the mixture. None: list the conflicts, and write nothing."""
+    top: int = 20
+    """How many conflicts to show."""
     weight: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="style=0.7")] = ()
     """Weight of a part, otherwise 1; may be given several times."""
     one_file: bool = False
@@ -37,11 +39,12 @@ class Command:
         import atomtune
         from atomtune import mix, surgery
         from atomtune.adapter import base_of
-        from atomtune.cli.common import device_of, pairs
+        from atomtune.cli.common import check_top, counted, device_of, pairs
         from atomtune.errors import UserError
         from atomtune.tuner.mixture import check_parts
 
-        folders, weights = pairs("adapter", self.adapter), pairs("weight", self.weight)
+        folders, weights = pairs("adapter", self.adapter, "NAME=ADAPTER"), pairs("weight", self.weight, "style=0.7")
+        check_top(self.top)
         check_parts(folders, weights)
         if self.out and self.out.exists():
             raise UserError(f"`out` must not exist yet: {self.out}. Choose another folder.")
@@ -51,9 +54,13 @@ class Command:
             together, along = self.limits
             asked = self.prompt or mix.concepts(folders)
             found = mix.conflicts(mixture, asked, together=together, along=along)
-            for c in found:
-                print(f"{c.first.called:<20} {c.second.called:<20} {c.together:>5.2f} {c.cosine:>5.2f}  {c.first.path}")
-            print(f"{len(found)} pairs of {len(mixture.atoms)} atoms: correlation, cosine, site", file=sys.stderr)
+            if found:
+                print(f"{'atom':<20} {'weaker':<20} {'correlation':>11} {'cosine':>6}  site")
+            for c in found[: self.top]:
+                names = f"{c.first.called:<20} {c.second.called:<20}"
+                print(f"{names} {c.together:>11.2f} {c.cosine:>6.2f}  {c.first.path}")
+            more = f", {len(found) - self.top} more than shown: --top" if len(found) > self.top else ""
+            print(f"{counted(len(found), 'conflict')} of {len(mixture.atoms)} atoms{more}", file=sys.stderr)
         if self.drop_weaker:
             surgery.drop(mixture, mix.weaker(found))
         if self.out:

@@ -42,12 +42,16 @@ class Command:
         amount = self.count if self.count is not None else self.keep
         if amount is None or (self.keep is not None and self.count is not None):
             raise UserError("`keep` or `count` must be given, one of them.")
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise UserError(f"`keep` must be a share above 0 and at most 1, got {self.keep:g}. --count is a number.")
         if self.out.exists():
             raise UserError(f"`out` must not exist yet: {self.out}. Choose another folder.")
         if (self.refit is None) != (self.data is None):
             raise UserError("`refit` and `data` must be given together: steps, and what the run learned from.")
         adapter = open_adapter(self.adapter, self.base, self.allow_other_base, self.device)
         before = len(adapter.atoms)
+        if self.count is not None and not 1 <= self.count <= before:
+            raise UserError(f"`count` must be between 1 and the {before} atoms there are, got {self.count}.")
         if self.refit is None or self.data is None:
             adapter.prune(amount, self.formula)
         else:

@@ -8,6 +8,7 @@ from typing import Any
 
 from atomtune.data import shards, tables
 from atomtune.data.listing import (
+    CAPTIONS,
     FOREIGN,
     METADATA,
     READABLE,
@@ -195,11 +196,14 @@ def _told_broken(broken: Sequence[Skipped]) -> str:
     return f"{len(broken)} of the pictures cannot be used: {told}. Mend them, or pass --skip-broken."
 
 
-def _told_uncaptioned(paths: Sequence[File], extension: str, skipped: Sequence[Skipped]) -> str:
+def _told_uncaptioned(paths: Sequence[File], extension: str, skipped: Sequence[Skipped], columns: Sequence[str]) -> str:
     unused = [item.path.name for item in skipped if item.reason.startswith("caption file not used")]
+    place = f"into {paths[0].stem}{extension} beside the picture"
+    if columns:
+        place = f"into a column {' or '.join(columns)}, for imagefolder: in {METADATA} (no {extension} is read there)"
     return (
         f"{len(paths)} of the pictures have no caption, or an empty one: {_named([p.name for p in paths])}. "
-        f"Write it into {paths[0].stem}{extension} beside the picture, or pass --caption, one for all."
+        f"Write it {place}, or pass --caption, one for all."
         + (f" Not used: {_named(unused)}; see --caption-extension." if unused else "")
     )
 
@@ -266,9 +270,9 @@ def survey(
     `datasets` has saved, .parquet, imagefolder:FOLDER, hub:OWNER/NAME. Captions lie in `.txt` files, or those of
     `caption_extension`; in a line of metadata or a table's row under `text`, `caption` or `prompt`, or under
     `caption_column`. Problems are files that claim to be pictures and can't be decoded or have more than `max_pixels`
-    (width * height, 100 million; both become skipped with `skip_broken`), pictures without a caption, captions that
-    can't be read, and that no sample is left. Raises UserError where the source itself can't be made out: bad metadata,
-    bad names of masks, links out of the folder unless `follow_links`.
+    (width * height, 100 million) or a caption that can't be read (all become skipped with `skip_broken`), pictures
+    without a caption, and that no sample is left. Raises UserError where the source itself can't be made out: bad
+    metadata, bad names of masks, links out of the folder unless `follow_links`.
     """
     extension = ".txt" if caption_extension is None else caption_extension.lower()
     most = MAX_PIXELS if max_pixels is None else max_pixels
@@ -285,7 +289,7 @@ def survey(
         try:
             note = _find_note(path, listing, words(caption or ""))
         except UserError as error:
-            problems.append(str(error))
+            broken.append(Skipped(path, f"caption cannot be read: {error}"))
             continue
         if note is None:
             uncaptioned.append(path)
@@ -295,7 +299,8 @@ def survey(
     if broken and not skip_broken:
         problems.append(_told_broken(sorted(broken, key=lambda item: item.path.name)))
     if uncaptioned:
-        problems.append(_told_uncaptioned(uncaptioned, extension, skipped))
+        columns = ((caption_column,) if caption_column else CAPTIONS) if tables.is_table(source) else ()
+        problems.append(_told_uncaptioned(uncaptioned, extension, skipped, columns))
     if not samples and not problems:
         problems.append(_told_empty(str(source), skipped))
     return Survey(Scan(tuple(samples), tuple(sorted(skipped, key=lambda item: item.path.name))), tuple(problems))

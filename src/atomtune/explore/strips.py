@@ -18,8 +18,15 @@ LINE = 14
 """Height of a line of a label, in pixels."""
 
 
-def strip(source: Image.Image, found: Sequence[Edit], chosen: Point) -> Image.Image:
-    """The edits of one prompt, labelled, the chosen point marked."""
+def marked(found: Sequence[Edit]) -> Point | None:
+    """The best point; None where all of them measure the same."""
+    measured = {(e.prompt, e.seed): (e.likeness, e.alignment) for e in found}
+    same = all(measured[e.prompt, e.seed] == (e.likeness, e.alignment) for e in found)
+    return None if same else best(found)
+
+
+def strip(source: Image.Image, found: Sequence[Edit], chosen: Point | None) -> Image.Image:
+    """The edits of one prompt, labelled, the chosen point, if any, marked."""
     labels = [["source"]]
     for e in found:
         marks = ["* best"] if e.point == chosen else []
@@ -40,7 +47,7 @@ def strip(source: Image.Image, found: Sequence[Edit], chosen: Point) -> Image.Im
 
 def save_edits(edits: Edits, folder: Path) -> list[Path]:
     """Write strips/NN.png, a strip for each prompt, and pictures/NN-PP.png, each edit; returns the strips."""
-    chosen, strips = best(edits.found), []
+    chosen, strips = marked(edits.found), []
     for number, seed in enumerate(dict.fromkeys(e.seed for e in edits.found)):
         own = [e for e in edits.found if e.seed == seed]
         for place, e in enumerate(own):

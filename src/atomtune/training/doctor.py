@@ -137,6 +137,7 @@ def examine(
     same = tuple(twins(scan.samples))
     pictures: tuple[Picture, ...] = ()
     adapted, cost, needed = None, None, None
+    found.apart = len(found.problems)
     if pipe is not None:
         backbone = backbone_of(pipe)
         pictures = _pictures(found, pipe, backbone, scan.samples, options)
@@ -154,6 +155,8 @@ class _Findings:
 
     def __init__(self) -> None:
         self.problems: list[str] = []
+        self.apart = 0
+        """How many of them say nothing of what the rest of the run would cost."""
         self.warnings: list[str] = []
 
     @contextmanager
@@ -255,7 +258,7 @@ def _adapt(
         with found.kept():
             own = prepare.own_unrelated(options)
             kept_prompts, held = prepare.without_concept(pipe, options)
-            if samples and adapted is not None and not found.problems:
+            if samples and adapted is not None and len(found.problems) == found.apart:
                 cost, needed = _needs(pipe, backbone, samples, own, (kept_prompts, held), options, steps)
     finally:
         discard_adapters(base, NAME)

@@ -54,7 +54,7 @@ class TrainOptions:
     unrelated_data: Path | None = None
     """Your own regularization pictures, captioned like the concept's; beside those that the base paints."""
     skip_broken: bool = False
-    """Pass over pictures that can't be read, instead of stopping."""
+    """Pass over pictures that can't be read, or whose caption can't be, instead of stopping."""
     follow_links: bool = False
     """Follow links out of the data folder."""
     max_pixels: int | None = None

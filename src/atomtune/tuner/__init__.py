@@ -19,7 +19,7 @@ from .model import (
     unwrap,
 )
 from .register import register
-from .store import fingerprint, load, load_statistics, previous_of, prune, recover, save
+from .store import check_there, fingerprint, load, load_statistics, previous_of, prune, recover, save
 
 register(AtomConfig, AtomModel)
 
@@ -38,6 +38,7 @@ __all__ = [
     "atom_layers",
     "attach",
     "base_only",
+    "check_there",
     "discard_adapters",
     "fingerprint",
     "hold_gate",

@@ -11,6 +11,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from jaxtyping import Float
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from atomtune.errors import UserError, hushed
@@ -142,31 +143,36 @@ def lora_of(pipe: Any, path: Path) -> Iterator[Factors]:
     base: Any = unwrap(pipe)
     if getattr(base, "peft_config", None):
         raise UserError("`pipe` must be the base alone, but an adapter is attached. Remove it first.")
-    file = _file(path)
+    file, keys = lora_file(path)
     try:
-        yield _load(pipe, base, file)
+        yield _load(pipe, base, file, keys)
     finally:
         base.unload_lora()
 
 
-def _file(path: Path) -> Path:
+def lora_file(path: Path) -> tuple[Path, list[str]]:
+    """The file of a LoRA, and its keys. Raises UserError where there is none, where it is pickled, broken, or atoms."""
     names = (DIFFUSERS, PEFT)
     found = next((path / name for name in names if (path / name).is_file()), path)
     if not found.is_file():
         raise UserError(f"`lora` must be a file, or a folder with {' or '.join(names)}: there is none at {path}.")
     if found.suffix != ".safetensors":
         raise UserError(f"`lora` must be a .safetensors file, got {found}: pickled files run code and are not opened.")
-    return found
+    try:
+        with safetensors.safe_open(found, "pt") as opened:
+            keys = sorted(opened.keys())
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{found} is broken, or no safetensors file: {error}.") from error
+    if any(".atom_dictionary." in key for key in keys):
+        raise UserError(f"{found} holds atoms already, and no LoRA. Use it as it is, or name a LoRA.")
+    return found, keys
 
 
-def _load(pipe: Any, base: Any, file: Path) -> Factors:
+def _load(pipe: Any, base: Any, file: Path, keys: list[str]) -> Factors:
     from diffusers.utils import convert_unet_state_dict_to_peft
 
-    keys: list[str] = []
     try:
         with _hushed():
-            with safetensors.safe_open(file, "pt") as opened:
-                keys = sorted(opened.keys())
             state, *alphas, metadata = pipe.lora_state_dict(str(file), use_safetensors=True, return_lora_metadata=True)
             if not any("lora_A" in key for key in keys):
                 state = convert_unet_state_dict_to_peft(state)
@@ -195,7 +201,7 @@ def _load(pipe: Any, base: Any, file: Path) -> Factors:
 
 def _misfit(base: Any, file: Path, keys: list[str]) -> str:
     if not keys:
-        return f"{file} is broken, or no safetensors file, or empty."
+        return f"{file} is empty."
     some = ", ".join(keys[:3])
     return f"{file} is no plain LoRA for this {type(base).__name__}: {len(keys)} keys do not fit, such as {some}."
 

@@ -199,7 +199,9 @@ def _checked_sites(model: nn.Module, config: AtomConfig, matches: Any) -> list[s
     if isinstance(config.target_modules, (list, set, tuple)):
         for name in config.target_modules:
             if not any(key == name or key.endswith(f".{name}") for key in modules):
-                raise UserError(f"`target_modules`: no module is named {name!r}.{did_you_mean(name, suffixes)}")
+                raise UserError(
+                    f"`target_modules` (--sites): no module is named {name!r}.{did_you_mean(name, suffixes)}"
+                )
     found = [name for name in modules if matches(config, name)]
     if not found:
         raise UserError(

@@ -36,6 +36,7 @@ CONFIG = "adapter_config.json"
 STATISTICS = "statistics.safetensors"
 CARD = "README.md"
 PICTURES = "pictures"
+RUN_STATUS = "status.json"
 _OURS = (WEIGHTS, CONFIG, STATISTICS, NOTES, CARD, PICTURES)
 _ROOT = "base_model.model."  # PeftModel.from_pretrained wants it in the keys
 PARTIAL = "partial:"
@@ -275,14 +276,29 @@ def read(folder: str | Path) -> tuple[AtomConfig, dict[str, dict[str, Tensor]], 
     return config, found, read_notes(folder)
 
 
-def _read(folder: Path) -> tuple[AtomConfig, dict[str, Tensor], str | None]:
-    """The checked content of a folder, with keys as `save` writes them, and the `_shape` of the weights' own config."""
-    recover(folder)
+def check_there(folder: Path) -> None:
+    """Raises UserError where no adapter lies in a folder; of a run that has not ended it says how to go on."""
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}.")
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise UserError(f"{folder} holds no adapter: {name} is missing.")
+            raise UserError(f"{folder} holds no adapter: {_unfinished(folder) or f'{name} is missing.'}")
+
+
+def _unfinished(folder: Path) -> str:
+    """Where a run stands that has not ended, and how to go on; nothing where the folder is no run's."""
+    try:
+        found = json.loads((folder / RUN_STATUS).read_text(encoding="utf-8"))
+        where = f"the run stands at step {found['step']} of {found['steps']} ({found['state']})"
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return ""
+    return f"{where}. Go on: atomtune train --resume --out {folder}"
+
+
+def _read(folder: Path) -> tuple[AtomConfig, dict[str, Tensor], str | None]:
+    """The checked content of a folder, with keys as `save` writes them, and the `_shape` of the weights' own config."""
+    recover(folder)
+    check_there(folder)
     config = _read_config(folder / CONFIG)
     tensors, metadata = _read_tensors(folder / WEIGHTS)
     _check_finite(tensors, f"{folder / WEIGHTS} is not usable.")
