@@ -16,7 +16,7 @@ source = "a sks dog on a red background"
 prompts = ["a sks dog on a blue background", "a flat sks dog on a red background"]
 
 # %% Tune on it and paint the edits at every point; a quick tuning takes 50 steps
-options = atomtune.EditOptions(purity=(0.0, 0.5), keep=(1.0,), strength=(1.0, 0.8), quick=True)
+options = atomtune.EditOptions(purity=(0.0,), beside=(0.0, 0.5), strength=(1.0, 0.8), quick=True)
 edits = atomtune.edit(pipe, "my-dog/0.png", source, prompts, out, options)
 
 # %% Likeness against alignment, both by the base alone; the strips show the same
@@ -26,5 +26,5 @@ print(best(edits.found), *save_edits(edits, out), sep="\n")
 
 # %% The tuned adapter is one like any other, and stays at the best point if you say so
 point = best(edits.found)
-with edits.adapter.using(point.keep, point.strength, purity=point.purity):
+with edits.adapter.using(**point.dials):
     atomtune.generate(pipe, ["a sks dog on a green background"])[0].save(out / "another.png")

@@ -20,7 +20,7 @@ from PIL import Image
 import atomtune
 from atomtune.compare import tasks
 from atomtune.compare.results import script_command, write_result
-from atomtune.editing.options import TUNING, EditOptions
+from atomtune.editing.options import SWEPT, TUNING, EditOptions
 from atomtune.editing.sweep import Edits, best, table
 from atomtune.explore.strips import save_edits
 from atomtune.scenes.render import render
@@ -32,15 +32,16 @@ def main() -> None:
     parser.add_argument("--words", choices=("full", "bare"), default="full")
     parser.add_argument("--silence", action="store_true", help="train on unrelated pictures too, as `atomtune train`")
     parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--purity", nargs="+", type=float, default=[0.0, 0.5])
-    parser.add_argument("--keep", nargs="+", type=float, default=[1.0, 0.25])
+    parser.add_argument("--purity", nargs="+", type=float, default=[0.0, 0.4])
+    parser.add_argument("--beside", nargs="+", type=float, default=[0.0, 0.5])
+    parser.add_argument("--keep", nargs="+", type=float, default=[1.0])
     parser.add_argument("--strength", nargs="+", type=float, default=[1.0, 0.8])
     parser.add_argument("--noises", type=int, default=1)
     parser.add_argument("--tuned", type=Path, help="folder of earlier runs, by subject; nothing is trained then")
     parser.add_argument("--out", type=Path, default=Path("runs/edits"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/edits.json"))
     given = parser.parse_args()
-    options = EditOptions(tuple(given.purity), tuple(given.keep), tuple(given.strength), sampler=12)
+    options = EditOptions(**{name: tuple(getattr(given, name)) for name in SWEPT}, sampler=12)
     training = dataclasses.replace(TUNING, steps=given.steps)
     if given.silence:
         training = dataclasses.replace(training, unrelated_batch=None, unrelated_pictures=32)

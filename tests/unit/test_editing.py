@@ -205,10 +205,10 @@ def test_the_whole_way_by_command_and_function(
     asked += ["--base", str(bases["lumina2"]), "--sampler", "1", "--mask", str(tmp_path / "mask.png")]
     train = ["--steps", "3", "--n-atoms", "4", "--lr", "0.1", "--sites", *(SHORT.sites or ()), "--looks", "0"]
     out = tmp_path / "out"
-    assert main([*asked, *train, "--out", str(out), "--purity", "0", "0.5", "--keep", "1", "--strength", "1", "0"]) == 0
+    assert main([*asked, *train, "--out", str(out), "--purity", "0", "--strength", "1", "0"]) == 0
     text, err = capsys.readouterr()
     head, *rows = text.splitlines()
-    assert head.split() == ["purity", "keep", "strength", "likeness", "alignment", "score"]
+    assert head.split() == ["purity", "beside", "keep", "strength", "likeness", "alignment", "score"]
     assert len(rows) == 4
     assert sum("best" in row for row in rows) == 1
     assert "likeness: 1 - rms difference of pixels" in err
@@ -218,7 +218,7 @@ def test_the_whole_way_by_command_and_function(
     assert np.asarray(Image.open(out / "strips/00.png")).shape[1] == 5 * (192 + 4)
 
     # The same adapter again, nothing trained; strength 0 is the base.
-    again = [*asked, "--tuned", str(out / "run"), "--purity", "0", "--keep", "1", "--strength", "1", "0", "--json"]
+    again = [*asked, "--tuned", str(out / "run"), "--purity", "0", "--beside", "0", "--strength", "1", "0", "--json"]
     assert main([*again, "--out", str(tmp_path / "again")]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [(e["strength"], e["prompt"]) for e in found] == [(s, p) for s in (1.0, 0.0) for p in PROMPTS]
@@ -262,7 +262,7 @@ def test_a_shut_gate_is_told_and_nothing_is_best(
     picture.save(tmp_path / "kite.png")
     asked = ["edit", str(tmp_path / "kite.png"), "--source", SOURCE, "--prompt", PROMPTS[0], "--sampler", "1"]
     asked += ["--base", str(bases["lumina2"]), "--tuned", str(tmp_path / "run"), "--out", str(tmp_path / "out")]
-    assert main([*asked, "--purity", "0", "--keep", "1", "--strength", "1", "0.5"]) == 0
+    assert main([*asked, "--purity", "0", "--beside", "0", "--strength", "1", "0.5"]) == 0
     out, err = capsys.readouterr()
     assert f"the gate is shut for {PROMPTS[0]!r}" in err
     assert len(out.splitlines()) == 3
@@ -287,6 +287,7 @@ def test_mistakes_are_told_before_anything_is_written(
         (lambda: EditOptions(purity=()), "`purity` must have at least one value"),
         (lambda: EditOptions(looks=-1), "`looks` must be 0 or more"),
         (lambda: EditOptions(keep=(2.0,)), "`keep` must be between 0 and 1, got 2.0"),
+        (lambda: EditOptions(beside=(-1.0,)), "`beside` must be between 0 and 1, got -1.0"),
         (lambda: EditOptions(strength=(float("nan"),)), "`strength` must be finite numbers"),
         (
             lambda: edit(shared, picture, SOURCE, PROMPTS, tmp_path / "x", EditOptions(time=(0.6, 0.3))),

@@ -73,12 +73,14 @@ class Command:
             points = [vars(e.point) for e in done.found]
             print(json.dumps([p | e for p, e in zip(points, edits, strict=True)], indent=1))
         else:
-            print(f"{'purity':>6} {'keep':>5} {'strength':>8} {'likeness':>8} {'alignment':>9} {'score':>5}")
+            print(
+                f"{'purity':>6} {'beside':>6} {'keep':>5} {'strength':>8} {'likeness':>8} {'alignment':>9} {'score':>5}"
+            )
             for row in rows:
                 mark = "  best" if chosen and all(row[k] == value for k, value in vars(chosen).items()) else ""
                 print(
-                    f"{row['purity']:>6.2f} {row['keep']:>5.0%} {row['strength']:>8.2f} {row['likeness']:>8.3f} "
-                    f"{row['alignment']:>+9.3f} {row['score']:>5.2f}{mark}"
+                    f"{row['purity']:>6.2f} {row['beside']:>6.2f} {row['keep']:>5.0%} {row['strength']:>8.2f} "
+                    f"{row['likeness']:>8.3f} {row['alignment']:>+9.3f} {row['score']:>5.2f}{mark}"
                 )
         for prompt in done.adapter.shut(self.prompt):
             print(f"warning: the gate is shut for {prompt!r}: its edits are all the base's", file=sys.stderr)

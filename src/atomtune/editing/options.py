@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from atomtune.errors import UserError
 from atomtune.training.options import TrainOptions
@@ -19,21 +20,34 @@ class Point:
 
     purity: float = 0.0
     """Atoms with at least this share of their energy on the subject take part."""
+    beside: float = 0.0
+    """They fire above this share of what they reached beside the subject."""
     keep: float = 1.0
     """Of all atoms, the share that takes part, the most important first."""
     strength: float = 1.0
 
+    @property
+    def dials(self) -> dict[str, Any]:
+        """As `Adapter.using` takes them."""
+        return {"density" if name == "keep" else name: value for name, value in vars(self).items()}
+
     def __str__(self) -> str:
-        return f"purity {self.purity:g}, keep {self.keep:g}, strength {self.strength:g}"
+        return ", ".join(f"{name} {value:g}" for name, value in vars(self).items())
+
+
+SWEPT = tuple(field.name for field in fields(Point))
+"""Options of a sweep that are dials."""
 
 
 @dataclass(frozen=True)
 class EditOptions:
     """What is swept, and how pictures are painted; one value each is one setting."""
 
-    purity: tuple[float, ...] = (0.0, 0.5)
+    purity: tuple[float, ...] = (0.0, 0.4)
     """Atoms take part that have at least this share of their energy on the subject."""
-    keep: tuple[float, ...] = (1.0, 0.5)
+    beside: tuple[float, ...] = (0.0, 0.5)
+    """They fire only above this share of what they reached beside the subject in the picture."""
+    keep: tuple[float, ...] = (1.0,)
     """Shares of the atoms that take part, the most important first."""
     strength: tuple[float, ...] = (1.0, 0.8)
     """Multipliers on the whole adapter."""
@@ -57,10 +71,10 @@ class EditOptions:
     """Seed of the first edit's noise; the next prompt takes the next."""
 
     def __post_init__(self) -> None:
-        for name in ("purity", "keep", "strength"):
+        for name in SWEPT:
             if not getattr(self, name):
                 raise UserError(f"`{name}` must have at least one value, got none.")
-        for name in ("purity", "keep"):
+        for name in ("purity", "beside", "keep"):
             for value in getattr(self, name):
                 if not 0 <= value <= 1:
                     raise UserError(f"`{name}` must be between 0 and 1, got {value}.")
@@ -75,4 +89,4 @@ class EditOptions:
 
     def points(self) -> list[Point]:
         """Every combination."""
-        return [Point(*values) for values in itertools.product(self.purity, self.keep, self.strength)]
+        return [Point(*values) for values in itertools.product(*(getattr(self, name) for name in SWEPT))]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from atomtune.adapter import Adapter
 from atomtune.backbones import backbone_of, denoiser
 from atomtune.data.picture import fit, on_matte, open_picture, to_tensor
-from atomtune.editing.options import TUNING, EditOptions, Point
+from atomtune.editing.options import SWEPT, TUNING, EditOptions, Point
 from atomtune.editing.tune import tune
 from atomtune.errors import UserError
 from atomtune.measure.edits import alignment, likeness
@@ -127,7 +127,7 @@ def edits(
     weight = subject(pipe, picture, source, mask).cpu()
 
     def turned(point: Point) -> AbstractContextManager[Any]:
-        return adapter.using(point.keep, point.strength, steer=steer, purity=point.purity)
+        return adapter.using(steer=steer, **point.dials)
 
     def paint() -> list[Image.Image]:
         with blended(pipe, options.blend):
@@ -212,4 +212,4 @@ def table(found: Sequence[Edit]) -> list[dict[str, float]]:
 def best(found: Sequence[Edit]) -> Point:
     """The point of the largest score."""
     row = max(table(found), key=lambda row: row["score"])
-    return Point(row["purity"], row["keep"], row["strength"])
+    return Point(*(row[name] for name in SWEPT))

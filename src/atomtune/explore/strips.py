@@ -30,11 +30,11 @@ def strip(source: Image.Image, found: Sequence[Edit], chosen: Point | None) -> I
     labels = [["source"]]
     for e in found:
         marks = ["* best"] if e.point == chosen else []
-        dials = [f"purity {e.point.purity:g}", f"keep {e.point.keep:g}", f"strength {e.point.strength:g}"]
+        dials = str(e.point).split(", ")
         labels.append([*dials, f"likeness {e.likeness:.3f}", f"alignment {e.alignment:+.3f}", *marks])
     scale = max(1, -(-SIDE // source.width))
     width, height = source.width * scale, source.height * scale
-    sheet = Image.new("RGB", (len(labels) * (width + 4), height + LINE * 7 + 4), "white")
+    sheet = Image.new("RGB", (len(labels) * (width + 4), height + LINE * 8 + 4), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(LINE - 3)
     draw.text((2, 1), found[0].prompt, fill="black", font=font)
     for column, (picture, lines) in enumerate(zip([source, *(e.picture for e in found)], labels, strict=True)):
