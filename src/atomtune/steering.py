@@ -50,6 +50,8 @@ class Steer:
             raise UserError(f"`strength` must be a finite number, got {self.strength}.")
         if self.time is not None and not (len(self.time) == 2 and 0 <= self.time[0] < self.time[1] <= 1):
             raise UserError(f"`time` must be (from, to) with 0 <= from < to <= 1, got {self.time}.")
+        if self.words and not self.words.strip():
+            raise UserError(f"`words` must be some of the prompt's words, or empty for none, got {self.words!r}.")
         _ = self.mask
 
     @functools.cached_property
@@ -88,7 +90,7 @@ def steered(pipe: Any, steers: Sequence[Steer], ranked: Sequence[Atom], adapter:
                 value = value * (factor if chosen is None else torch.where(chosen.to(factor.device), factor, 1))
             layers[path].steering[adapter] = value
 
-    with _listening(pipe, backbone, {steer.words.strip() for steer in steers if steer.words is not None}) as spelled:
+    with _listening(pipe, backbone, {steer.words for steer in steers if steer.words is not None}) as spelled:
         handle = model.register_forward_pre_hook(before_forward, with_kwargs=True)
         try:
             for path in plan.keys() - inner:
@@ -126,14 +128,16 @@ def _factor(
         s = heard.s.unsqueeze(1)
         time = ((s > steer.time[0] - heard.slack) & (s < steer.time[1] + heard.slack)).float()
     picture = None if steer.mask is None else F.adaptive_avg_pool2d(steer.mask[None], heard.grid).flatten(1).to(time)
-    text = None if steer.words is None else spelled(steer.words.strip(), heard.conditioning[backbone.gate_input])
+    text = None if steer.words is None else spelled(steer.words, heard.conditioning[backbone.gate_input])
 
     def at(site: str) -> Tensor:
         if picture is None and text is None:
             return (beyond * (1 - time) + within * time).unsqueeze(-1)
         factor, layout = time.new_ones(()), backbone.layout(site, heard.conditioning, heard.grid)
         own = None if picture is None or not layout.image.any() else layout.resample(picture, heard.grid)
-        for values, here in ((own, layout.image), (text, layout.real & ~layout.image)):
+        # Without any words, what fills prompts up is silent too.
+        said = layout.real & ~layout.image if steer.words else ~layout.image
+        for values, here in ((own, layout.image), (text, said)):
             if values is not None:
                 nth = (here.cumsum(1) - 1).clamp(min=0)  # a row's k-th value is for its k-th position here
                 values = F.pad(values, (0, max(0, int(nth.max()) + 1 - values.shape[1])))

@@ -275,6 +275,7 @@ def test_a_steer_that_says_nothing_sound_is_told() -> None:
         ({"time": (0.6, 0.6)}, "`time` must be (from, to) with 0 <= from < to <= 1, got (0.6, 0.6)"),
         ({"time": (0.6, 0.3)}, "`time` must be"),
         ({"time": (math.nan, 1)}, "`time` must be"),
+        ({"words": " "}, "`words` must be some of the prompt's words, or empty for none, got ' '"),
         ({"where": Image.new("RGB", (4, 4))}, "`where` must be a picture of mode L or 1, got RGB. Convert it"),
         ({"where": np.ones((4, 4, 1))}, "`where` must be (height, width), got (4, 4, 1)"),
         ({"where": LEFT * 255}, "`where` must lie in [0, 1], got 0 to 255"),

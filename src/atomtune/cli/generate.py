@@ -37,9 +37,9 @@ class Command:
     """Limit to some times: 1 is noise, 0 the picture. Within its limits a strength (of --atom and --site, or else
     --strength) is what you say, beyond them 1. Without any strength the adapter takes part within them only."""
     where: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="MASK|PART=MASK")] = ()
-    """Limit to what is white in this picture, of any size; for the picture's tokens: those of the prompt keep the whole
-    adapter, and reach the whole picture, unless --words "" leaves them out. For a mixture it may be given once a part:
-    each then takes part in its own region only."""
+    """Limit to what is white in this picture, of any size. The prompt's tokens keep the whole adapter, so that the rest
+    still changes, unless --words "" limits them to none. For a mixture it may be given once a part: each then takes part
+    in its own region only."""
     words: str | None = None
     """Limit to these words of the prompts; for the prompts' tokens. Empty: none of them."""
     own_words: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="[PART:]SEPIA=PHOTO")] = ()
