@@ -38,8 +38,8 @@ class Command:
     --strength) is what you say, beyond them 1. Without any strength the adapter takes part within them only."""
     where: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="MASK|PART=MASK")] = ()
     """Limit to what is white in this picture, of any size. The prompt's tokens keep the whole adapter, so that the rest
-    still changes, unless --words "" limits them to none. For a mixture it may be given once a part: each then takes part
-    in its own region only."""
+    still changes, unless --words "" limits them to none. For a mixture it may be given once a part: each then takes
+    part in its own region only."""
     words: str | None = None
     """Limit to these words of the prompts; for the prompts' tokens. Empty: none of them."""
     own_words: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="[PART:]SEPIA=PHOTO")] = ()
