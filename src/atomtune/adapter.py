@@ -63,6 +63,14 @@ class Adapter:
     def __init__(self, pipe: Any, statistics: Statistics, name: str = "default") -> None:
         self.pipe, self.statistics, self.name = pipe, statistics, name
 
+    def __repr__(self) -> str:
+        try:
+            sites, config = tuner.atom_layers(self.pipe, self.name), tuner.adapter_config(self.pipe, self.name)
+        except UserError:
+            return f"<adapter {self.name!r}: not attached>"
+        atoms, gate = sum(layer.r[self.name] for layer in sites.values()), "a" if config.gate_input else "no"
+        return f"<adapter {self.name!r}: {atoms} atoms at {len(sites)} sites, {gate} prompt gate>"
+
     @property
     def atoms(self) -> Atoms:
         """The atoms, by their effect on the subject."""

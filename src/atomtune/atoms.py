@@ -364,16 +364,18 @@ Density = float | Mapping[str, float]
 def strengths(model: Any, values: Mapping[str, float | Tensor], adapter: str = "default") -> Iterator[None]:
     """Set the strength of atoms for a while: by site (`Atom.place`), one number or one an atom."""
     held = places(model, values, adapter)
-    buffers = {place: layer.atom_strength[part] for place, (layer, part) in held.items()}
-    before = {place: buffer.clone() for place, buffer in buffers.items()}
+    before = {place: layer.atom_strength[part].clone() for place, (layer, part) in held.items()}
     try:
         for place, value in values.items():
-            buffer = buffers[place]
-            buffer.copy_(torch.as_tensor(value, dtype=buffer.dtype, device=buffer.device).expand_as(buffer))
+            layer, part = held[place]
+            layer.atom_strength[part].copy_(torch.as_tensor(value))
         yield
     finally:
         for place, value in before.items():
-            buffers[place].copy_(value)
+            layer, part = held[place]
+            # Looked up again: a model that is moved or cast has other buffers, one that is pruned shorter ones or none.
+            if part in layer.atom_strength and layer.atom_strength[part].shape == value.shape:
+                layer.atom_strength[part].copy_(value)
 
 
 def places(model: Any, wanted: Iterable[str], adapter: str = "default") -> dict[str, tuple[Any, str]]:

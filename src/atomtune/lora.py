@@ -17,6 +17,7 @@ from torch import Tensor
 from atomtune.adapter import Adapter
 from atomtune.atoms import measure, order_by_importance
 from atomtune.backbones import Backbone, backbone_of, base_name, denoiser, denoiser_name
+from atomtune.data.folder import scan
 from atomtune.data.picture import to_tensor
 from atomtune.data.prompts import split_held_out
 from atomtune.errors import UserError
@@ -25,7 +26,7 @@ from atomtune.measure.reads import watch
 from atomtune.sampling import generate
 from atomtune.training.ends import NAME, attach_atoms
 from atomtune.training.options import TrainOptions
-from atomtune.training.prepare import unrelated_list
+from atomtune.training.prepare import triggered, unrelated_list
 from atomtune.tuner import adapter_config, atom_layers, base_only
 from atomtune.tuner.lora import Factors, added, codes_in_effect, error_of, lora_of, reduced_rank, rotated, save_lora
 
@@ -69,7 +70,8 @@ def export_lora(
 
     `prompts` are the concept's. What sites read is recorded while the adapter paints them and, with `weight`, prompts
     that have nothing to do with it, in `steps` steps of the sampler. Atoms that are LoRA (`dense`, no bias, no
-    normalization) are exported exactly where `rank` holds them. Raises UserError on a rank that no site can have.
+    normalization) are exported exactly where `rank` holds them. Raises UserError on a rank that no site can have, and
+    where the adapter adds nothing to what is painted from the prompts.
     """
     pipe, layers = adapter.pipe, atom_layers(adapter.pipe, adapter.name)
     most = min(min(layer.in_features, layer.out_features) for layer in layers.values())
@@ -83,11 +85,15 @@ def export_lora(
     wanted = (list(prompts) * PICTURES)[: max(PICTURES, len(prompts))]
     concept, unrelated = (grams(adapter, some, **call) for some in (wanted, shown))
     weight *= len(wanted) / len(shown)
-    parts, errors = {}, {}
+    parts, errors, exact = {}, {}, {site: _exact(adapter, site, rank) for site in layers}
     for site, layer in layers.items():
         atoms = layer.dictionary(adapter.name).atoms.detach().double()
-        parts[site] = _exact(adapter, site, rank) or reduced_rank(concept[site] + weight * unrelated[site], atoms, rank)
+        parts[site] = exact[site] or reduced_rank(concept[site] + weight * unrelated[site], atoms, rank)
         errors[site] = error_of(*parts[site], concept[site], atoms)
+    if not any(energy for _, energy in errors.values()) and not all(exact.values()):
+        raise UserError(
+            f"`prompt` must make atoms fire, got {prompts[0]!r} and the like. Name the concept, as captions did."
+        )
     save_lora(parts, rank, Path(folder), base_name(pipe), denoiser_name(pipe))
     before = generate(pipe, asked, **call)
     with base_only(pipe):
@@ -103,13 +109,25 @@ def captions(adapter: Adapter, run: Path) -> tuple[str, ...]:
 
     The name alone does not do: adapters act on the words around it too. Raises UserError where nothing is found.
     """
-    path = run / "options.json"
-    options = TrainOptions.from_json(path.read_text(encoding="utf-8")) if path.is_file() else TrainOptions()
+    options = _options(run)
     name, noun = options.concept, options.class_noun
-    near = [p.replace(noun, name) for p in unrelated_list(adapter.pipe, options) if noun in p] if name and noun else []
+    if not (name and noun):
+        raise UserError(f"`prompt` or `data` must be given, since {run} names no concept with a class noun.")
+    near = [p.replace(noun, name) for p in unrelated_list(adapter.pipe, options) if noun in p]
     if not near:
-        raise UserError(f"`prompt` or `data` must be given, since {run} says too little of its concept.")
+        raise UserError(f"`prompt` or `data` must be given, since no unrelated prompt says the class noun {noun!r}.")
     return _some(near)
+
+
+def learned(data: Path, run: Path) -> tuple[str, ...]:
+    """The captions of a folder as training read them, with the run's options."""
+    options = _options(run)
+    return tuple(sample.caption for sample in triggered(scan(data, **options.scanning), options)[0].samples)
+
+
+def _options(run: Path) -> TrainOptions:
+    path = run / "options.json"
+    return TrainOptions.from_json(path.read_text(encoding="utf-8")) if path.is_file() else TrainOptions()
 
 
 def _some(prompts: Sequence[str]) -> tuple[str, ...]:

@@ -26,6 +26,7 @@ from atomtune.errors import UserError
 from atomtune.files import write_whole
 from atomtune.own_words import UNTIL
 from atomtune.sampling import generate
+from atomtune.steering import Steer
 from atomtune.tuner.mixture import MIXTURE, check_parts, merge_parts, same_base
 from atomtune.tuner.store import read
 
@@ -52,11 +53,15 @@ class Mixture(Adapter):
             for layer in tuner.atom_layers(pipe, name).values():
                 layer.set_scale(name, self.weights[name])
 
+    def __repr__(self) -> str:
+        weights = ", ".join(f"{weight:g} x {self.parts[name]!r}" for name, weight in self.weights.items())
+        return f"<mixture of {weights}>"
+
     def ranking(self, formula: str) -> list[Atom]:
-        """Every atom of all parts, the most important first; importances are times the weight, purities are not."""
+        """Every atom of all parts, the most important first; importances are times the weight, shares are not."""
         found = []
         for name, part in self.parts.items():
-            factor = 1.0 if formula == "purity" else abs(self.weights[name])
+            factor = 1.0 if formula in ("purity", "focus") else abs(self.weights[name])
             found += [replace(a, part=name, importance=a.importance * factor) for a in part.ranking(formula)]
         # Stable: each part keeps its order, also where its weight is 0.
         return sorted(found, key=lambda a: -a.importance)
@@ -75,8 +80,19 @@ class Mixture(Adapter):
         with ExitStack() as stack:
             for name, part in self.parts.items():
                 own = [replace(a, part="") for a in ranked if a.part == name]
-                stack.enter_context(part.steered(steers.get(name, ()), own))
+                meant = [s for steer in steers.get(name, ()) if (s := self._of_part(steer, name))]
+                stack.enter_context(part.steered(meant, own))
             yield
+
+    def _of_part(self, steer: Steer, part: str) -> Steer | None:
+        """What a steer says of a part: of names such as `style/L17`, its own, and all that name none."""
+        if steer.atoms is None:
+            return steer
+        given = [steer.atoms] if isinstance(steer.atoms, str) else steer.atoms
+        named = [
+            name.removeprefix(f"{part}/") for name in given if name.partition("/")[0] not in self.parts.keys() - {part}
+        ]
+        return replace(steer, atoms=named) if named else None
 
     @contextmanager
     def contained(self, contain: float = 0.0, beside: float = 0.0) -> Iterator[None]:
@@ -270,19 +286,25 @@ def orthogonality(mixture: Mixture, first: str, second: str) -> float:
 def merge(mixture: Mixture, name: str = "merged") -> Adapter:
     """The same outputs, to rounding, as one adapter. Raises UserError where one can't hold them: `merge_parts`."""
     atoms = mixture.atoms
-    offsets = merge_parts(mixture.pipe, mixture.weights, name)
-    statistics: Statistics = {}
+    tables: dict[str, list[dict[str, Tensor]]] = {}
     for part, one in mixture.parts.items():
         for site, table in one.statistics.items():
             sizes = table.keys() & {"norm", "effect", "effect_beside"}
             scaled = table | {k: table[k] * abs(mixture.weights[part]) for k in sizes}
-            before = statistics.get(site)
-            statistics[site] = (
-                {k: torch.cat([before[k], t]) for k, t in scaled.items() if k in before} if before else scaled
-            )
+            tables.setdefault(site, []).append(scaled)
+    statistics: Statistics = {
+        site: {k: torch.cat([t[k] for t in own]) for k in own[0] if all(k in t for t in own)}
+        for site, own in tables.items()
+    }
+    offsets = merge_parts(mixture.pipe, mixture.weights, name)
     merged = Adapter(mixture.pipe, statistics, name)
     sites = tuner.adapter_config(mixture.pipe, name).sites or []
     old = {f"L{sites.index(a.path)}[{a.id + offsets[a.part]}]": a for a in atoms}
     labels = {new: f"{a.part} {a.label}" for new, a in old.items() if a.label}
-    surgery.name(merged, labels, {new: a.note for new, a in old.items()})
+    try:
+        surgery.name(merged, labels, {new: a.note for new, a in old.items()})
+    except UserError:
+        merged.remove()
+        tuner.activate(mixture.pipe, *mixture.parts)
+        raise
     return merged

@@ -49,33 +49,27 @@ def own_words(pipe: Any, instead: Mapping[str, str], adapter: str = "default", u
             raise UserError(f"`own_words` must map words of the prompt to others, got {said!r}: {own!r}.")
     backbone, model, layers = backbone_of(pipe), denoiser(pipe), atom_layers(pipe, adapter)
     base = unwrap(model)
-    known: dict[int, tuple[Any, Conditioning]] = {}
-    """By the width of the embeddings: those of the prompts, and the conditioning of their own words."""
+    conditioning: Conditioning = {}
+    """Of the prompts in its own words."""
 
-    def hear(prompts: list[str], embeds: Any) -> None:
+    def hear(prompts: list[str]) -> None:
         if not _all_say(instead, prompts):
-            if known:  # negative prompts that are encoded by themselves
-                return
             hint = did_you_mean(next(iter(instead)), " ".join(prompts).split())
             raise UserError(f"`own_words` replaces {', '.join(instead)}, which not every prompt says: {prompts}.{hint}")
-        told = backbone.encode_prompts(pipe, [reworded(prompt, instead) for prompt in prompts])
-        rows = torch.arange(len(embeds)) * len(prompts) // len(embeds)
-        known[embeds[0].shape[-1]] = embeds, select(told, rows)
+        conditioning.update(backbone.encode_prompts(pipe, [reworded(prompt, instead) for prompt in prompts]))
 
     def before_forward(_: nn.Module, args: Any, given: dict[str, Any]) -> None:
         if _READING.get():
             return
         told = named(base, args, given)
         heard = backbone.heard(base, told)
-        embeds = heard.conditioning[backbone.gate_input]
-        spoken, conditioning = known.get(embeds[0].shape[-1], (None, None))
-        if spoken is None or conditioning is None:
-            raise UserError("`own_words` needs the prompt's text: let the pipeline encode it inside.")
-        early = heard.s > until - 1e-4  # more than the rounding of a clock
-        at = torch.tensor([_find(one, spoken) if now else -1 for one, now in zip(embeds, early, strict=True)])
+        rows = which(heard.conditioning[backbone.gate_input], "own_words")
+        early = heard.s > until - heard.slack
+        at = torch.tensor([row if now else -1 for row, now in zip(rows, early, strict=True)])
         for layer in layers.values():
             layer.replaced.pop(adapter, None)
-        if (at < 0).all():  # late, or the branch without words
+        # Late, the branch without words, or the adapter is off.
+        if (at < 0).all() or all(layer.disable_adapters for layer in layers.values()):
             return
         own = _told(told, select(conditioning, at.clamp(min=0)))
         token = _READING.set(True)
@@ -91,7 +85,7 @@ def own_words(pipe: Any, instead: Mapping[str, str], adapter: str = "default", u
                 here = backbone.layout(path, heard.conditioning, heard.grid)
                 layers[path].replaced[adapter] = _carried(values, there, here, at >= 0)
 
-    with listening(pipe, hear):
+    with listening(pipe, hear) as which:
         # Before gates and steerings, which then hear the picture's own forward last.
         handle = model.register_forward_pre_hook(before_forward, with_kwargs=True, prepend=True)
         try:
@@ -111,11 +105,6 @@ def reworded(prompt: str, instead: Mapping[str, str]) -> str:
 
 def _all_say(instead: Mapping[str, str], prompts: list[str]) -> bool:
     return all(any(spelling(said).search(prompt) for said in instead) for prompt in prompts)
-
-
-def _find(one: Tensor, spoken: Any) -> int:
-    """Which of the prompts' embeddings it is; -1: none."""
-    return next((row for row, prompt in enumerate(spoken) if torch.equal(one, prompt)), -1)
 
 
 def _told(given: Mapping[str, Any], own: Conditioning) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -17,7 +18,7 @@ from atomtune.tuner import hold_gate
 
 def generate(
     pipe: Any,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     *,
     seed: int | Sequence[int] = 0,
     batch_size: int = 8,
@@ -27,9 +28,10 @@ def generate(
 ) -> list[Image.Image]:
     """One picture a prompt; prompt i starts from the noise of seed + i (of seed[i]), whatever its batch.
 
-    `steps`, `guidance` None: the pipeline's defaults. Other arguments go to the pipeline. Prompt gates are held as
-    `prompt_gates` does.
+    `steps`, `guidance` None: the pipeline's defaults. Other arguments go to the pipeline; lists of
+    prompts, such as negative ones, have one a prompt. Prompt gates are held as `prompt_gates` does.
     """
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     if steps is not None:
         call["num_inference_steps"] = steps
     if guidance is not None:
@@ -51,23 +53,40 @@ def batches(
         raise UserError("`prompts` must name at least one picture, got none.")
     if len(seeds) != len(prompts):
         raise UserError(f"`seed` must be one number, or one a prompt ({len(prompts)}), got {len(seeds)}.")
+    for seed in seeds:
+        if not 0 <= seed < 2**63:
+            raise UserError(f"`seed` must be at least 0 and below 2**63, got {seed}.")
+    steps, guidance = call.get("num_inference_steps"), call.get("guidance_scale")
+    if steps is not None and steps < 1:
+        raise UserError(f"`steps` must be at least 1, got {steps}.")
+    if guidance is not None and not math.isfinite(guidance):
+        raise UserError(f"`guidance` must be a finite number, got {guidance}.")
     arguments = call_arguments(pipe, prompts, call)
+    each = {name for name, value in call.items() if _one_a_prompt(name, value, len(prompts))}
     for start in range(0, len(prompts), batch_size):
         rows = slice(start, start + batch_size)
         noises = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
         with prompt_gates(pipe, prompts[rows]), around(rows):
-            images = pipe(prompt=list(prompts[rows]), generator=noises, **arguments).images
+            own = {name: value[rows] if name in each else value for name, value in arguments.items()}
+            images = pipe(prompt=list(prompts[rows]), generator=noises, **own).images
         yield images
 
 
+def _one_a_prompt(name: str, value: Any, number: int) -> bool:
+    """Whether an argument of the pipeline, such as negative_prompt, has one entry a prompt."""
+    own = "prompt" in name or name == "latents"
+    return own and isinstance(value, list | tuple | torch.Tensor) and len(value) == number
+
+
 @contextmanager
-def prompt_gates(pipe: Any, prompts: Sequence[str]) -> Iterator[None]:
+def prompt_gates(pipe: Any, prompts: str | Sequence[str]) -> Iterator[None]:
     """Inside, each picture has its prompt's gate, in the branch without words too. One prompt a picture, in order.
 
     Guidance steps away from the branch without words. By itself that branch's gate is shut, so that guidance leads
     away from a base that does not know the concept: about twice as far as it should (LOG.md).
     """
-    with hold_gate(denoiser(pipe), lambda: backbone_of(pipe).encode_prompts(pipe, list(prompts))):
+    told = [prompts] if isinstance(prompts, str) else list(prompts)
+    with hold_gate(denoiser(pipe), lambda: backbone_of(pipe).encode_prompts(pipe, told)):
         yield
 
 

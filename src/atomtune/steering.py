@@ -41,7 +41,7 @@ class Steer:
     where: Any = None
     """A mask of the picture, of any size: a PIL image of mode L or 1, or (height, width) in [0, 1]; shares count."""
     words: str | None = None
-    """Words of the prompt, wherever they stand in it."""
+    """Words of the prompt, wherever they stand in it; empty: none of them."""
 
     def __post_init__(self) -> None:
         if self.strength is None and self.time is None and self.where is None and self.words is None:
@@ -50,8 +50,8 @@ class Steer:
             raise UserError(f"`strength` must be a finite number, got {self.strength}.")
         if self.time is not None and not (len(self.time) == 2 and 0 <= self.time[0] < self.time[1] <= 1):
             raise UserError(f"`time` must be (from, to) with 0 <= from < to <= 1, got {self.time}.")
-        if self.words is not None and not self.words.strip():
-            raise UserError(f"`words` must be some of the prompt's words, got {self.words!r}.")
+        if self.words and not self.words.strip():
+            raise UserError(f"`words` must be some of the prompt's words, or empty for none, got {self.words!r}.")
         _ = self.mask
 
     @functools.cached_property
@@ -66,8 +66,8 @@ class Steer:
 def steered(pipe: Any, steers: Sequence[Steer], ranked: Sequence[Atom], adapter: str = "default") -> Iterator[None]:
     """Inside, the adapter's atoms (`ranked`, all of them) are multiplied by what each of the steers says.
 
-    Words are sought in the prompts that the pipeline encoded last. Raises UserError on atoms that are not there and,
-    when prompts are encoded, on one without the words.
+    Words are sought in the prompts that the pipeline encoded last, not in negative ones. Raises UserError on atoms
+    that are not there and, when prompts are encoded, on one without the words.
     """
     if not steers:
         yield
@@ -76,8 +76,7 @@ def steered(pipe: Any, steers: Sequence[Steer], ranked: Sequence[Atom], adapter:
     plan: dict[str, list[tuple[int, Tensor | None]]] = {}
     for number, steer in enumerate(steers):
         for path, chosen in _chosen(steer.atoms, ranked).items():
-            device = layers[path].atom_strength[adapter].device
-            plan.setdefault(path, []).append((number, None if chosen.all() else chosen.to(device)))
+            plan.setdefault(path, []).append((number, None if chosen.all() else chosen))
     # Inside another steering, whose hook runs first, this one multiplies what that one has set.
     inner = {path for path in plan if adapter in layers[path].steering}
 
@@ -88,10 +87,10 @@ def steered(pipe: Any, steers: Sequence[Steer], ranked: Sequence[Atom], adapter:
             value: Any = layers[path].steering[adapter] if path in inner else 1
             for number, chosen in parts:
                 factor = factors[number](path)
-                value = value * (factor if chosen is None else torch.where(chosen, factor, 1))
+                value = value * (factor if chosen is None else torch.where(chosen.to(factor.device), factor, 1))
             layers[path].steering[adapter] = value
 
-    with _listening(pipe, backbone, {steer.words for steer in steers if steer.words}) as spelled:
+    with _listening(pipe, backbone, {steer.words for steer in steers if steer.words is not None}) as spelled:
         handle = model.register_forward_pre_hook(before_forward, with_kwargs=True)
         try:
             for path in plan.keys() - inner:
@@ -127,8 +126,7 @@ def _factor(
     time = torch.ones(1, 1, device=heard.s.device)
     if steer.time is not None:
         s = heard.s.unsqueeze(1)
-        # Less than any step of a sampler, more than the rounding of a clock.
-        time = ((s > steer.time[0] - 1e-4) & (s < steer.time[1] + 1e-4)).float()
+        time = ((s > steer.time[0] - heard.slack) & (s < steer.time[1] + heard.slack)).float()
     picture = None if steer.mask is None else F.adaptive_avg_pool2d(steer.mask[None], heard.grid).flatten(1).to(time)
     text = None if steer.words is None else spelled(steer.words, heard.conditioning[backbone.gate_input])
 
@@ -137,7 +135,9 @@ def _factor(
             return (beyond * (1 - time) + within * time).unsqueeze(-1)
         factor, layout = time.new_ones(()), backbone.layout(site, heard.conditioning, heard.grid)
         own = None if picture is None or not layout.image.any() else layout.resample(picture, heard.grid)
-        for values, here in ((own, layout.image), (text, layout.real & ~layout.image)):
+        # Without any words, what fills prompts up is silent too.
+        said = layout.real & ~layout.image if steer.words else ~layout.image
+        for values, here in ((own, layout.image), (text, said)):
             if values is not None:
                 nth = (here.cumsum(1) - 1).clamp(min=0)  # a row's k-th value is for its k-th position here
                 values = F.pad(values, (0, max(0, int(nth.max()) + 1 - values.shape[1])))
@@ -149,64 +149,71 @@ def _factor(
 
 
 @contextmanager
-def _listening(pipe: Any, backbone: Backbone, words: set[str]) -> Iterator[Callable[[str, Tensor], Tensor]]:
-    """Gives (words, embeddings) -> 1 at the tokens that spell them (rows, tokens), in prompts encoded inside.
+def _listening(pipe: Any, backbone: Backbone, words: set[str]) -> Iterator[Callable[[str, Embeds], Tensor]]:
+    """Gives (words, embeddings) -> 1 at the tokens that spell them (rows, tokens), in prompts encoded inside."""
+    spoken: dict[str, list[list[int]]] = {"": []}  # no words
 
-    A denoiser gets embeddings only: by them a row is known, and the branch without words has no 1.
-    """
-    # A family may encode its prompts by parts, of different widths: which are looked up by is the gate's input.
-    spoken: dict[str, dict[int, list[tuple[Tensor, list[int]]]]] = {}
-
-    def hear(prompts: list[str], embeds: Embeds) -> None:
-        for said in words:
-            try:
-                at = [word_tokens(backbone.readings(pipe, prompt), said) for prompt in prompts]
-            except UserError:
-                if said in spoken:  # some families encode negative prompts by themselves, after the prompts
-                    continue
-                raise
-            rows = [(one, at[row * len(at) // len(embeds)]) for row, one in enumerate(embeds)]
-            spoken.setdefault(said, {})[embeds[0].shape[-1]] = rows
+    def hear(prompts: list[str]) -> None:
+        for said in words - {""}:
+            spoken[said] = [word_tokens(backbone.readings(pipe, prompt), said) for prompt in prompts]
 
     def spelled(said: str, embeds: Embeds) -> Tensor:
-        known = spoken.get(said, {}).get(embeds[0].shape[-1])
-        if not known:
-            raise UserError("`words` needs the prompt's text: let the pipeline encode it where the steer is on.")
-        found = embeds[0].new_zeros(len(embeds), 1 + max((k for _, at in known for k in at), default=0))
-        for row, one in enumerate(embeds):
-            for prompt, at in known:
-                if torch.equal(one, prompt):
-                    found[row, at] = 1
+        known = spoken.get(said, [])
+        found = embeds[0].new_zeros(len(embeds), 1 + max((k for at in known for k in at), default=0))
+        for row, prompt in enumerate(which(embeds, "words") if said else []):
+            if prompt >= 0:
+                found[row, known[prompt]] = 1
         return found
 
-    with listening(pipe, hear):
+    with listening(pipe, hear) as which:
         yield spelled
 
 
 @contextmanager
-def listening(pipe: Any, hear: Callable[[list[str], Embeds], None]) -> Iterator[None]:
-    """Inside, `hear` gets the prompts that the pipeline encodes, and their embeddings.
+def listening(pipe: Any, hear: Callable[[list[str]], None]) -> Iterator[Callable[[Embeds, str], list[int]]]:
+    """Inside, `hear` gets the prompts of each call of the pipeline. Gives which of them each row of embeddings is.
 
-    What `hear` itself lets the pipeline encode is heard by nobody.
+    A denoiser gets embeddings only: by them a row is known; the branch without words is -1. Negative prompts are not
+    heard: a family that encodes them by themselves does so after the prompts and before any forward. What `hear` itself
+    lets the pipeline encode is heard by nobody. `field` is what an error names.
     """
     encode, around = pipe.encode_prompt, vars(pipe).get("encode_prompt")
+    said: list[str] = []
+    # A family may encode its prompts by parts, of different widths: which are looked up by is the gate's input.
+    known: dict[int, Embeds] = {}
+    used = False
 
     def listen(*args: Any, **kwargs: Any) -> Any:
+        nonlocal said, used
         given = kwargs.get("prompt", args[0] if args else None) or []
         prompts = [given] if isinstance(given, str) else list(given)  # Z-Image's pipeline overwrites it
         found = encode(*args, **kwargs)
-        if prompts:
+        if prompts and (used or not known):
+            said, used = [], False
+            known.clear()
             outermost = vars(pipe).pop("encode_prompt", None)
             try:
-                hear(prompts, found[0])
+                hear(prompts)
             finally:
                 if outermost is not None:
                     pipe.encode_prompt = outermost
+            said = prompts
+        if prompts and prompts == said:
+            known[found[0][0].shape[-1]] = found[0]
         return found
+
+    def which(embeds: Embeds, field: str) -> list[int]:
+        nonlocal used
+        used = True
+        spoken = known.get(embeds[0].shape[-1])
+        if spoken is None:
+            raise UserError(f"`{field}` needs the prompt's text: let the pipeline encode it inside.")
+        rows = (next((n for n, prompt in enumerate(spoken) if torch.equal(one, prompt)), -1) for one in embeds)
+        return [row * len(said) // len(spoken) for row in rows]
 
     pipe.encode_prompt = listen
     try:
-        yield
+        yield which
     finally:
         del pipe.encode_prompt
         if around is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from atomtune.adapter import Adapter
 from atomtune.atoms import find_each
@@ -30,12 +31,17 @@ def name(adapter: Adapter, labels: Mapping[str, str], texts: Mapping[str, str] |
     """
     atoms = adapter.atoms
     # Of the atoms that are left: the label of a dropped one is free.
-    fresh: Notes = {a.name: {"label": a.label, "note": a.note} for a in atoms}
+    entries = {a: {"label": a.label, "note": a.note} for a in atoms}
     for field, values in (("label", labels), ("note", texts or {})):
         for atom, text in find_each(atoms.ranked, values).items():
-            fresh[atom.name][field] = text.strip()
-    fresh = {atom: {k: v for k, v in entry.items() if v} for atom, entry in fresh.items() if any(entry.values())}
-    check_notes(fresh, "`name`")
-    there = notes(adapter.pipe, adapter.name)
-    there.clear()
-    there.update(fresh)
+            entries[atom][field] = text.strip()
+    fresh: dict[str, Notes] = {a.part or adapter.name: {} for a in atoms}  # a mixture's lie with its parts
+    for a, entry in entries.items():
+        if any(entry.values()):
+            fresh[a.part or adapter.name][replace(a, part="").name] = {k: v for k, v in entry.items() if v}
+    for found in fresh.values():
+        check_notes(found, "`name`")
+    for part, found in fresh.items():
+        there = notes(adapter.pipe, part)
+        there.clear()
+        there.update(found)

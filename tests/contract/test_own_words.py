@@ -18,7 +18,7 @@ from atomtune.errors import UserError
 from atomtune.mix import Mixture
 from atomtune.own_words import reworded
 from atomtune.steering import Steer
-from atomtune.tuner import AtomLinear, atom_layers
+from atomtune.tuner import AtomLinear, atom_layers, base_only
 
 
 @pytest.fixture(params=EITHER)
@@ -67,6 +67,31 @@ def test_the_pictures_codes_are_those_of_the_other_prompt(family: Family, pipes:
             if not here.image.any():
                 assert torch.allclose(codes, plain[site][0], atol=1e-5) or not site.startswith("context_refiner")
         assert changed
+
+
+def test_a_negative_prompt_that_says_the_word_keeps_its_own_codes(pipes: dict[str, Any]) -> None:
+    for adapter in lent(pipes["flux"]):
+        layer, seen = next(iter(atom_layers(adapter.pipe).values())), []
+
+        def spy(layer: AtomLinear, _: Any, seen: list[bool] = seen) -> None:
+            if layer.assigned is None:
+                seen.append("default" in layer.replaced)
+
+        handle = layer.register_forward_pre_hook(spy)
+        call = {"num_inference_steps": 1, "output_type": "latent", **SIZE, "true_cfg_scale": 3.0}
+        for negative in ("bad", "a bad kite"):
+            with adapter.using(own_words={"kite": "house"}):
+                adapter.pipe(prompt=["a kite"], negative_prompt=[negative], **call)
+        handle.remove()
+        assert seen == [True, False] * 2
+
+
+def test_where_the_adapter_is_off_it_is_the_base(adapter: Adapter) -> None:
+    paint = functools.partial(atomtune.generate, adapter.pipe, PROMPTS[:1], steps=1, output_type="latent")
+    with base_only(adapter.pipe):
+        base = paint()
+        with adapter.using(own_words={"kite": "horse"}):
+            assert torch.equal(paint()[0], base[0])
 
 
 def test_its_own_prompt_changes_nothing_and_no_trace_is_left(adapter: Adapter) -> None:

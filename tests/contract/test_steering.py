@@ -101,7 +101,13 @@ def test_nothing_is_the_base_and_all_is_the_adapted_bit_for_bit(any_adapter: Ada
     with base_only(any_adapter.pipe):
         base = run()
     assert not torch.equal(adapted, base)
-    off = [[Steer(strength=0)], [Steer(time=(0, 0.4))], [Steer(f"L{i}", 0) for i in range(len(any_adapter.statistics))]]
+    black = Image.new("1", (9, 5), 0)
+    off = [[Steer(where=black, words="")]]
+    off += [
+        [Steer(strength=0)],
+        [Steer(time=(0, 0.4))],
+        [Steer(f"L{i}", 0) for i in range(len(any_adapter.statistics))],
+    ]
     white = Image.new("1", (9, 5), 1)
     on = [[], [Steer(strength=1.0)], [Steer(time=(0.4, 1)), Steer("to_v", 1, where=LEFT)], [Steer(where=white)]]
     for steer, expected in [(steer, base) for steer in off] + [(steer, adapted) for steer in on]:
@@ -176,6 +182,47 @@ def test_words_of_every_family_lie_where_its_sites_see_them(family: Family, any_
     assert raised or backbone.family == "Qwen-Image"  # whose default sites see no text
 
 
+@pytest.fixture
+def apart(pipes: dict[str, Any]) -> Iterator[Adapter]:
+    """Of a family that encodes negative prompts by themselves."""
+    yield from lent(pipes["flux"])
+
+
+def test_a_negative_prompt_that_says_the_word_is_not_steered(apart: Adapter) -> None:
+    call = {"num_inference_steps": 1, "output_type": "latent", **SIZE, "true_cfg_scale": 3.0}
+    said = []
+    for negative in ("bad", "a bad kite"):
+        with apart.using(steer=[Steer(strength=3, words="kite")]):
+            found = factors(apart, lambda n=negative: apart.pipe(prompt=["a red kite"], negative_prompt=[n], **call))
+        said.append({site: [bool(((f - 3).abs() < 1e-3).any()) for f in fs] for site, fs in found.items()})
+    assert said[0] == said[1]
+    assert any(first for first, _ in said[0].values())
+    assert not any(second for _, second in said[0].values())
+
+
+def test_a_later_batch_or_call_without_the_words_is_told(adapter: Adapter) -> None:
+    for prompts, size in ((["a kite", "a boat"], 2), (["a kite", "a boat"], 1), (["a boat", "a kite"], 1)):
+        for dials in ({"steer": [Steer(words="kite")]}, {"own_words": {"kite": "horse"}}):
+            with adapter.using(**dials):
+                atomtune.generate(adapter.pipe, ["a kite"], steps=1)
+                with pytest.raises(UserError, match="'a boat'"):
+                    atomtune.generate(adapter.pipe, prompts, steps=1, batch_size=size)
+                atomtune.generate(adapter.pipe, ["a kite"], steps=1)
+
+
+@pytest.mark.parametrize("family_name", ["flux", "klein", "qwen_image"])
+def test_a_clock_that_is_told_in_bfloat16_has_that_much_slack(pipes: dict[str, Any], family_name: str) -> None:
+    pipe, s = pipes[family_name], torch.linspace(0, 1, 501)
+    given = {"hidden_states": torch.zeros(501, 4, 4), "img_ids": torch.zeros(4, 3), "img_shapes": [[(1, 2, 2)]]}
+    heard = {
+        dtype: backbone_of(pipe).heard(denoiser(pipe), given | {"timestep": (s * 1000).to(dtype) / 1000})
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    exact, rough = heard.values()
+    assert (exact.s - s).abs().max() < exact.slack < 1.1e-4
+    assert exact.slack < (rough.s - s).abs().max() < rough.slack < 0.005
+
+
 def test_steers_multiply_each_other_and_keep_to_their_adapter(adapter: Adapter) -> None:
     other = adapt(adapter.pipe, ("to_q",), "second")
     activate(adapter.pipe, "default", "second")
@@ -228,7 +275,7 @@ def test_a_steer_that_says_nothing_sound_is_told() -> None:
         ({"time": (0.6, 0.6)}, "`time` must be (from, to) with 0 <= from < to <= 1, got (0.6, 0.6)"),
         ({"time": (0.6, 0.3)}, "`time` must be"),
         ({"time": (math.nan, 1)}, "`time` must be"),
-        ({"words": " "}, "`words` must be some of the prompt's words"),
+        ({"words": " "}, "`words` must be some of the prompt's words, or empty for none, got ' '"),
         ({"where": Image.new("RGB", (4, 4))}, "`where` must be a picture of mode L or 1, got RGB. Convert it"),
         ({"where": np.ones((4, 4, 1))}, "`where` must be (height, width), got (4, 4, 1)"),
         ({"where": LEFT * 255}, "`where` must lie in [0, 1], got 0 to 255"),
@@ -261,12 +308,15 @@ def test_the_command_line_says_the_same(bases: dict[str, Path], tmp_path: Path, 
     adapter = adapt(atomtune.open_pipeline(base), ("to_q", "to_v"))
     adapter.save(run)
     Image.fromarray((LEFT * 255).astype(np.uint8)).save(mask)
+    Image.open(mask).convert("P").save(tmp_path / "colour.png")
     asked = ["generate", str(run), "a kite", "--base", base, "--steps=2", "--out", str(tmp_path / "out")]
     for options, dials in (
         ("--site to_v=0 --atom L2[2]=3", {"atoms": {"L2[2]": 3}, "steer": [Steer("to_v", 0)]}),
         (f"--strength 2 --where {mask}", {"steer": [Steer(strength=2, where=LEFT)]}),
         ("--strength 2 --site L1=3 --words kite", {"strength": 2, "steer": [Steer("L1", 3, words="kite")]}),
         ("--time 0.9-1.0", {"steer": [Steer(time=(0.9, 1))]}),
+        (f"--where {mask} --words=", {"steer": [Steer(where=LEFT, words="")]}),
+        (f"--where {tmp_path / 'colour.png'}", {"steer": [Steer(where=LEFT)]}),
     ):
         assert main([*asked, *options.split()]) == 0
         with adapter.using(**dials):

@@ -199,6 +199,41 @@ def test_a_prompt_has_its_noise_whatever_its_batch(pipe: Any) -> None:
         assert np.abs(alone - np.asarray(apart[i])).max() <= 1
 
 
+def test_a_text_is_one_prompt_and_lists_of_prompts_are_cut_with_them(pipe: Any) -> None:
+    call = {"steps": 1, "guidance": 3.0, "output_type": "latent"}
+    prompts, negative = ["a kite", "an apple", "a house"], ["red", "blue", "flat"]
+    assert torch.equal(*atomtune.generate(pipe, "a kite", **call), *atomtune.generate(pipe, ["a kite"], **call))
+    found = atomtune.generate(pipe, prompts, negative_prompt=negative, batch_size=2, **call)
+    alone = atomtune.generate(pipe, prompts[2:], negative_prompt=negative[2:], seed=2, **call)
+    assert len(found) == 3
+    assert torch.allclose(found[2], alone[0], atol=1e-4)
+    assert not torch.allclose(found[2], atomtune.generate(pipe, prompts[2:], seed=2, **call)[0], atol=1e-3)
+    sigmas = {"sigmas": [1.0, 0.6, 0.3], "batch_size": 1}
+    assert len(atomtune.generate(pipe, prompts, output_type="latent", **sigmas)) == 3
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"steps": 0}, "`steps` must be at least 1, got 0"),
+        ({"seed": -1}, "`seed` must be at least 0 and below 2[*][*]63, got -1"),
+        ({"seed": 2**63}, "`seed` must be"),
+        ({"guidance": math.inf}, "`guidance` must be a finite number, got inf"),
+    ],
+)
+def test_what_no_picture_can_be_painted_with_is_told(pipe: Any, call: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        atomtune.generate(pipe, ["a kite"], **call)
+
+
+def test_a_handle_says_what_it_is(pipe: Any, run: Path) -> None:
+    adapter = atomtune.load(pipe, run)
+    number, sites = len(adapter.atoms), len(strength(adapter))
+    assert repr(adapter) == f"<adapter 'default': {number} atoms at {sites} sites, no prompt gate>"
+    adapter.remove()
+    assert repr(adapter) == "<adapter 'default': not attached>"
+
+
 def test_no_prompts_are_an_error(pipe: Any) -> None:
     with pytest.raises(UserError, match="at least one picture"):
         atomtune.generate(pipe, [])

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from pipelines import random_atoms
 from atomtune.atoms import (
     FORMULAS,
     Atom,
+    contained,
     count,
     dialled,
     find,
@@ -22,7 +24,7 @@ from atomtune.atoms import (
 )
 from atomtune.backbones import backbone_of
 from atomtune.errors import UserError
-from atomtune.tuner import atom_layers, base_only, record
+from atomtune.tuner import AtomConfig, assigned, atom_layers, attach, base_only, record
 
 SITES = ["layers.0.attn.to_q", "noise_refiner.0.attn.to_v", "context_refiner.0.attn.to_k"]
 PROMPTS = ["a big flat kite on a red background, on the left", "a kite"]
@@ -214,6 +216,29 @@ def test_strengths_are_put_back_even_after_an_error(pipe: Any) -> None:
     with pytest.raises(KeyError):
         inside()
     assert torch.equal(buffer, torch.ones(5))
+
+
+def test_strengths_are_put_back_where_the_model_was_cast_inside(pipe: Any) -> None:
+    layer = atom_layers(pipe)[SITES[0]]
+    with strengths(pipe, {SITES[0]: 0.5}):
+        layer.to(torch.bfloat16)
+    assert torch.equal(layer.atom_strength["default"].float(), torch.ones(5))
+    layer.to(torch.float32)
+
+
+def test_what_a_context_has_set_follows_a_model_that_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As offloading has it, which moves the model inside its forward."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which knows no meta
+    model = torch.nn.Sequential(torch.nn.Linear(6, 6))
+    attach(model, AtomConfig(n_atoms=4, target_modules=["0"]))
+    layer = atom_layers(model)["0"]
+    layer.steering["default"], layer.replaced["default"] = torch.ones(1, 1, 1), (torch.ones(2, 3, 1) > 0, torch.ones(1))
+    x = torch.zeros(2, 3, 6, device="meta")
+    with contained(model, {"0": torch.ones(4)}):
+        assert model.to("meta")(x).device.type == "meta"
+        layer.steering.clear(), layer.replaced.clear()
+        with assigned(model, ["default"] * 2):
+            assert model(x).device.type == "meta"
 
 
 def test_focus_is_the_share_of_an_effect_that_is_on_the_subject(pipe: Any) -> None:

@@ -21,7 +21,8 @@ from atomtune.editing import tune
 from atomtune.editing.options import TUNING, EditOptions, Point
 from atomtune.editing.sweep import Edit, best, blended, edit, sweep, table
 from atomtune.errors import UserError
-from atomtune.measure.edits import alignment, likeness
+from atomtune.measure.edits import REPEATS, TIMES, alignment, likeness
+from atomtune.sampling import generate
 from atomtune.scenes.render import render
 from atomtune.scenes.world import scene
 from atomtune.training.batch import draw
@@ -148,6 +149,23 @@ def test_alignment_asks_the_base_which_words_fit_and_knows_no_adapter(shared: An
         assert torch.equal(alignment(shared, latents, [PROMPTS[0], SOURCE], SOURCE), first)
 
 
+def test_alignment_is_by_the_familys_own_noise_and_target(pipes: dict[str, Any]) -> None:
+    pipe = pipes["sd15"]
+    backbone, latents = backbone_of(pipe), torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    generator, errors = torch.Generator().manual_seed(0), {}
+    draws = [(t, torch.randn(1, 4, 8, 8, generator=generator)) for t in TIMES for _ in range(REPEATS)]
+    for words in (PROMPTS[0], SOURCE):
+        given, errors[words] = backbone.encode_prompts(pipe, [words]), 0.0
+        for time, noise in draws:
+            x, target = backbone.noised(latents, time, noise)
+            with torch.no_grad():
+                predicted = backbone.predict(pipe.unet, x, torch.tensor([time]), given)
+            errors[words] += (predicted - target).square().mean().item()
+    asked, told = errors.values()
+    found = alignment(pipe, latents, [PROMPTS[0]], SOURCE).item()
+    assert found == pytest.approx((told - asked) / (told + asked), abs=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------- edit
 
 
@@ -194,6 +212,19 @@ def test_blending_is_the_mean_of_both_predictions(shared: Any) -> None:
             torch.testing.assert_close(predict(), 0.25 * tuned + 0.75 * base)
         assert torch.equal(predict(), tuned)
     assert not shared.transformer._forward_hooks
+
+
+def test_pictures_in_a_list_are_blended_each(pipes: dict[str, Any]) -> None:
+    pipe = pipes["z_image"]
+    call = {"steps": 1, "guidance": 0.0, "output_type": "latent", "height": 64, "width": 64}
+    with random_atoms(pipe, n_atoms=4, target_modules=["to_q"], threshold=0.0):
+        with base_only(pipe):
+            base = generate(pipe, ["a kite"], **call)[0]
+        tuned = generate(pipe, ["a kite"], **call)[0]
+        with blended(pipe, 0.25):
+            found = generate(pipe, ["a kite"], **call)[0]
+    assert torch.allclose(found, 0.25 * tuned + 0.75 * base, atol=1e-4)
+    assert not torch.allclose(found, base, atol=1e-4)
 
 
 def test_the_whole_way_by_command_and_function(

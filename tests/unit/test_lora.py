@@ -17,8 +17,9 @@ import atomtune
 from atomtune import lora
 from atomtune.backbones import backbone_of, denoiser
 from atomtune.cli import main
+from atomtune.data.folder import scan
 from atomtune.errors import UserError
-from atomtune.lora import captions, export_lora, fit_autoencoder, import_lora
+from atomtune.lora import captions, export_lora, fit_autoencoder, import_lora, learned
 from atomtune.training.ends import attach_atoms
 from atomtune.training.options import TrainOptions
 from atomtune.tuner import atom_layers
@@ -145,6 +146,17 @@ def test_an_export_is_near_and_says_how_far_it_is(pipe: Any, predict: Predict, t
     pipe.transformer.unload_lora()
 
 
+def test_prompts_that_no_atom_hears_are_told(pipe: Any, tmp_path: Path) -> None:
+    adapter = random_atoms(pipe, 4, sparsifier="relu")
+    for layer in atom_layers(pipe).values():
+        layer.dictionary("default").bias.data.fill_(1e6)
+    with pytest.raises(UserError, match="`prompt` must make atoms fire, got 'a big 3d kite") as told:
+        export_lora(adapter, tmp_path / "lora", [PROMPT], rank=2, steps=1)
+    adapter.remove()
+    assert "\n" not in str(told.value)
+    assert not (tmp_path / "lora").exists()
+
+
 def test_the_regression_is_the_textbooks() -> None:
     """Izenman's: least squares, then the best low rank of what is fitted. And no other factors come closer."""
     torch.manual_seed(0)
@@ -213,8 +225,14 @@ def test_the_commands_go_out_and_in(
     options = dataclasses.replace(options, sites=("layers.0.attn.to_q",))
     adapter = atomtune.train(pipe, kites, run, options, progress=False)
     assert captions(adapter, run) == ("a big 3d kite on a yellow background, on the left",)
-    with pytest.raises(UserError, match="`prompt` or `data` must be given"):
+    with pytest.raises(UserError, match=r"`prompt` or `data` must be given, since .* names no concept with a class"):
         captions(adapter, tmp_path)
+    (tmp_path / "options.json").write_text(TrainOptions("kite", "zeppelin").to_json())
+    with pytest.raises(UserError, match="since no unrelated prompt says the class noun 'zeppelin'"):
+        captions(adapter, tmp_path)
+    (tmp_path / "options.json").write_text(TrainOptions("neon", trigger=True).to_json())
+    assert all(caption.startswith("neon, ") for caption in learned(kites, tmp_path))
+    assert learned(kites, run)[0] == scan(kites).samples[0].caption
 
     assert main(["export", str(run), "--rank", "2", "--data", str(kites), "--steps", "1", "--out", str(lora)]) == 0
     assert capsys.readouterr().out.split()[1] == "layers.0.attn.to_q"

@@ -23,7 +23,9 @@ from atomtune.backbones import backbone_of
 from atomtune.cli import main
 from atomtune.data.picture import to_tensor
 from atomtune.errors import UserError
+from atomtune.measure.regions import attribution
 from atomtune.mix import TIMES, concepts, conflicts, merge, mix, orthogonality, weaker
+from atomtune.sparse import Dictionary
 from atomtune.steering import Steer
 from atomtune.tuner import (
     AtomConfig,
@@ -91,6 +93,10 @@ def places(pipes: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> P
     for seed, folder in enumerate(("alien", "martian")):
         save(other, root / folder, seed)
     return root
+
+
+def lumina2_of(folder: str) -> Any:
+    return atomtune.open_pipeline(base_of(folder) or "")
 
 
 def paint(pipe: Any) -> torch.Tensor:
@@ -219,6 +225,66 @@ def test_dials_are_over_all_parts(pipe: Any, places: Path) -> None:
     assert mixture.prune(0.9) == math.ceil(0.9 * 2 * len(strength("a"))) == len(mixture.atoms)
 
 
+def test_steers_that_name_a_part_are_its_alone(pipe: Any, places: Path) -> None:
+    mixture = mix(pipe, {"a": places / "a", "b": places / "b"})
+    mixed = paint(pipe)
+    for one, by_part in (
+        ([Steer("b/L0[0]", 0)], {"b": [Steer("L0[0]", 0)]}),
+        ([Steer(["b/L0", "L1"], 0.5)], {"a": [Steer("L1", 0.5)], "b": [Steer(["L0", "L1"], 0.5)]}),
+    ):
+        with mixture.using(steer=one):
+            found = paint(pipe)
+        with mixture.using(steer=by_part):
+            assert torch.equal(paint(pipe), found)
+        assert not torch.equal(found, mixed)
+    with pytest.raises(UserError, match="no site 'c/L0'"), mixture.using(steer=[Steer("c/L0", 0)]):
+        pass
+
+
+def test_shares_of_a_mixture_are_those_of_its_parts_whatever_their_weights(pipe: Any, places: Path) -> None:
+    mixture = mix(pipe, {"a": places / "a", "b": places / "b"}, {"b": 0.1})
+    for part in mixture.parts.values():
+        for table in part.statistics.values():
+            table["effect_beside"] = table["effect"].clone()
+    assert {a.importance for a in mixture.ranking("focus")} == {0.5}
+    assert {a.importance for a in merge(mixture).ranking("focus")} == {0.5}
+
+
+def test_merging_takes_parts_with_other_statistics_and_without_gates(
+    pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = {"a": save(pipe, tmp_path / "a", 1, gate=0.5), "b": save(pipe, tmp_path / "b", 2)}
+    for more in ("a", "b"):
+        mixture = mix(pipe, folders)
+        for table in mixture.parts[more].statistics.values():
+            table["reach"] = table["norm"].clone()
+        merged = merge(mixture)
+        assert all("reach" not in table and len(table["norm"]) == 8 for table in merged.statistics.values())
+        merged.remove()
+        if more == "a":
+            mixture.remove()
+    activate(pipe, "a", "b")
+    together = paint(pipe)
+    monkeypatch.setattr(Dictionary, "load_state_dict", lambda *_: (_ for _ in ()).throw(RuntimeError("half")))
+    with pytest.raises(RuntimeError, match="half"):
+        merge(mixture)
+    assert list(pipe.transformer.peft_config) == ["a", "b"]
+    assert torch.equal(paint(pipe), together)
+
+
+def test_what_made_a_region_is_asked_with_the_gates_of_all_parts_open(pipe: Any, tmp_path: Path) -> None:
+    found = []
+    for gate in (0.0, 1.0):
+        folders = {name: save(pipe, tmp_path / f"{name}{gate}", n, gate=gate) for n, name in enumerate("ab", 1)}
+        mixture = mix(pipe, folders)
+        whole = atomtune.generate(pipe, ["a"], steps=1)[0]
+        white = Image.new("1", whole.size, 1)
+        pixels = Image.new("RGB", whole.size, "red")
+        found.append(attribution(pipe, mixture.atoms.ranked, pixels, "a kite", white, top=2, times=(0.5,)))
+        mixture.remove()
+    assert found[0] == found[1]
+
+
 def test_conflicts_are_pairs_that_fire_together_along_or_against(pipe: Any, tmp_path: Path) -> None:
     one: dict[str, Any] = {"n_atoms": 1, "target_modules": [SITE]}
     folders = {"a": save(pipe, tmp_path / "a", 1, **one), "c": save(pipe, tmp_path / "c", 7, **one | {"n_atoms": 3})}
@@ -316,6 +382,12 @@ def test_commands(places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out.splitlines()[-1].split()[0] == "a/L0[0]"
     painted = ["generate", m, "a kite", "--steps", "2", "--out", str(tmp_path / "out")]
     assert main([*painted, "--density", "0.5", "--atom", "a/L0[0]=0"]) == 0
+    assert main([*painted, "--site", "a/L0=2", "--atom", "same/L0[0]=0", "--time", "0.5-1.0"]) == 0
+    assert main(["surgery", m, "--name", "same/L0[0]=leaves", "--note", "a/L0[1]=odd"]) == 0
+    assert json.loads((tmp_path / "m" / "same" / "notes.json").read_text()) == {"L0[0]": {"label": "leaves"}}
+    assert json.loads((tmp_path / "m" / "a" / "notes.json").read_text()) == {"L0[1]": {"note": "odd"}}
+    assert main(["surgery", m, "--drop", "same/leaves", "--name", "a/L0[2]=kept", "--out", str(tmp_path / "less")]) == 0
+    assert "a/kept" in {a.called for a in atomtune.load(lumina2_of(m), tmp_path / "less").atoms}
     assert (
         main(["atoms", m, "--top", "16", "--look", str(tmp_path / "look"), "--prompts", "a kite", "--steps", "1"]) == 0
     )
@@ -326,7 +398,7 @@ def test_commands(places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     Image.fromarray(np.uint8(255 * np.tile([0, 1], (2, 1)))).save(right)
     assert main([*painted, "--where", f"a={left}", "--where", f"same={right}"]) == 0
     regions = np.asarray(Image.open(capsys.readouterr().out.strip()))
-    mixture = atomtune.load(atomtune.open_pipeline(base_of(m) or ""), m)
+    mixture = atomtune.load(lumina2_of(m), m)
     with mixture.using(steer={"a": [Steer(where=Image.open(left))], "same": [Steer(where=Image.open(right))]}):
         assert np.array_equal(np.asarray(atomtune.generate(mixture.pipe, ["a kite"], steps=2)[0]), regions)
     for arguments, message in (

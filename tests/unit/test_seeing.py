@@ -22,6 +22,7 @@ from atomtune.backbones import backbone_of, base_name, token_texts
 from atomtune.cli import main
 from atomtune.data.picture import to_tensor
 from atomtune.errors import UserError
+from atomtune.explore.sheets import LINE, SIDE, curve, look
 from atomtune.measure import maps, painting, regions
 from atomtune.tuner import AtomConfig, atom_layers, attach, base_only, record, remove_adapter
 
@@ -246,4 +247,12 @@ def test_a_batch_changes_nothing_and_a_reloaded_adapter_shows_the_same(
     assert {str(tmp_path / "curve.svg"), f"2 sheets in {tmp_path / 'look'}"} <= set(told)
     assert (tmp_path / "curve.svg").read_text().startswith("<svg")
     sheets = [np.asarray(Image.open(path)).shape for path in (tmp_path / "look").glob("L*.png")]
-    assert sheets == [(picture(pipe).height, 6 * picture(pipe).width, 3)] * 2
+    width = -(-SIDE // picture(pipe).width) * picture(pipe).width  # its labels want room
+    assert sheets == [(width + 2 * LINE + 4, 6 * (width + 4), 3)] * 2
+    remove_adapter(pipe)
+    atoms = atomtune.load(pipe, tmp_path / "saved", name="other").atoms
+    look(atoms, atoms.top(1), "a kite", tmp_path / "named", num_inference_steps=1)
+    curve(atoms, ["a kite"], tmp_path / "named.svg", seeds=(0,), densities=(), num_inference_steps=1)
+    assert len(list((tmp_path / "named").glob("L*.png"))) == 1
+    remove_adapter(pipe, "other")
+    atomtune.load(pipe, tmp_path / "saved")  # as the fixture left it

@@ -186,7 +186,8 @@ def test_commands(tmp_path: Path, bases: dict[str, Path], capsys: pytest.Capture
     assert main(["diff", run, less, "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["matches"]) == 8
     for arguments, message in (
-        (["--drop", "L0[0]"], "`out` must be a folder that does not exist yet, got None"),
+        (["--drop", "L0[0]"], "`out` must be given with --keep and --drop"),
+        ([], "`name`, `note`, `keep` or `drop` must be given"),
         (["--drop", "L0[0]", "--out", run], "`out` must be a folder that does not exist yet"),
         (["--note", "leaves=a", "--note", "L0[3]=b"], "leaves (L0[3]) is given twice, by its label and its name"),
         (["--note", "leaves=a", "--note", "leaves=b"], "`note` must be like name=value, each name once"),

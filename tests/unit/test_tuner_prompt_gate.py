@@ -38,6 +38,11 @@ def test_exact_ends_and_start() -> None:
     assert gate_of(torch.ones(1))(e, torch.zeros(1, 1)).item() == 0.0
 
 
+def test_prompts_on_another_device_are_read_there() -> None:
+    """As offloading has it, which moves the model later."""
+    assert gate_of(torch.ones(5))(torch.randn(2, 3, 5, device="meta")).device.type == "meta"
+
+
 def test_list_equals_padded() -> None:
     torch.manual_seed(0)
     items = [torch.randn(n, 5) for n in (3, 1, 4)]

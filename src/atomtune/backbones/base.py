@@ -47,6 +47,8 @@ class Heard:
     s: Float[Tensor, " batch"]
     grid: Grid
     conditioning: Conditioning
+    slack: float = 1e-4
+    """How far s may be off: less than any step of a sampler, more than the rounding of a clock."""
 
 
 @dataclass(frozen=True)
@@ -226,6 +228,11 @@ def heard(thousandths: bool = True) -> Callable[[nn.Module, dict[str, Any]], Hea
     def read(model: nn.Module, given: dict[str, Any]) -> Heard:
         latents, timestep = given["hidden_states"], given["timestep"].float()
         s = timestep / 1000 if thousandths else timestep
-        return Heard(s.expand(len(latents)), patches(model, latents), given)
+        return Heard(s.expand(len(latents)), patches(model, latents), given, slack(given["timestep"]))
 
     return read
+
+
+def slack(told: Tensor) -> float:
+    """Of a time that was told in this dtype: pipelines round it as one of 1000 and again as one of 1."""
+    return 1e-4 + (torch.finfo(told.dtype).eps / 2 if told.dtype.is_floating_point else 0)

@@ -50,7 +50,8 @@ def layout(site: str, conditioning: Conditioning, grid: Grid) -> Layout:
 def heard(model: nn.Module, given: dict[str, Any]) -> Heard:
     """Rows and columns are the last coordinates of the picture's tokens."""
     rows, columns = (int(n) + 1 for n in given["img_ids"][..., 1:3].flatten(0, -2).amax(0).tolist())
-    return Heard(given["timestep"].float().expand(len(given["hidden_states"])), (rows, columns), given)
+    told = given["timestep"]
+    return Heard(told.float().expand(len(given["hidden_states"])), (rows, columns), given, base.slack(told))
 
 
 def readings(pipe: Any, prompt: str) -> list[Reading]:

@@ -45,8 +45,8 @@ def layout(site: str, conditioning: Conditioning, grid: Grid) -> Layout:
 
 
 def heard(model: nn.Module, given: dict[str, Any]) -> Heard:
-    _, rows, columns = given["img_shapes"][0][0]
-    return Heard(given["timestep"].float().expand(len(given["hidden_states"])), (rows, columns), given)
+    (_, rows, columns), told = given["img_shapes"][0][0], given["timestep"]
+    return Heard(told.float().expand(len(given["hidden_states"])), (rows, columns), given, base.slack(told))
 
 
 def readings(pipe: Any, prompt: str) -> list[Reading]:

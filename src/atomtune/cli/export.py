@@ -39,15 +39,14 @@ class Command:
 
     def run(self) -> None:
         from atomtune.cli.common import open_adapter
-        from atomtune.data.folder import scan
         from atomtune.errors import UserError
-        from atomtune.lora import captions, export_lora
+        from atomtune.lora import captions, export_lora, learned
 
         if self.out.exists():
             raise UserError(f"`out` must not exist yet: {self.out}. Choose another folder.")
         adapter = open_adapter(self.adapter, self.base, self.allow_other_base, self.device)
-        learned = [sample.caption for sample in scan(self.data).samples] if self.data else []
-        prompts = [*self.prompt, *learned] or captions(adapter, self.adapter)
+        said = learned(self.data, self.adapter) if self.data else ()
+        prompts = [*self.prompt, *said] or captions(adapter, self.adapter)
         done = export_lora(
             adapter, self.out, prompts, rank=self.rank, weight=self.weight, seed=self.seed, steps=self.steps
         )

@@ -37,19 +37,21 @@ class Command:
     """Limit to some times: 1 is noise, 0 the picture. Within its limits a strength (of --atom and --site, or else
     --strength) is what you say, beyond them 1. Without any strength the adapter takes part within them only."""
     where: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="MASK|PART=MASK")] = ()
-    """Limit to what is white in this gray picture, of any size; for the picture's tokens. For a mixture it may be given
-    once a part: each then takes part in its own region only."""
+    """Limit to what is white in this picture, of any size. The prompt's tokens keep the whole adapter, so that the rest
+    still changes, unless --words "" limits them to none. For a mixture it may be given once a part: each then takes
+    part in its own region only."""
     words: str | None = None
-    """Limit to these words of the prompts; for the prompts' tokens."""
+    """Limit to these words of the prompts; for the prompts' tokens. Empty: none of them."""
     own_words: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="[PART:]SEPIA=PHOTO")] = ()
     """Where the prompt says the first, the adapter's codes are read as if it said the second, a word that its captions
     had; nothing takes it out. Twice the time. Of a mixture, give the part; may be given several times."""
     own_until: float = 0.3
     """Until which time own words hold: 1 is noise, 0 the picture. Lower is more of the subject, less of the prompt."""
     contain: float = 0.0
-    """How contained atoms are: each fires only above this share of what it reached on unrelated pictures; 0 to 1."""
+    """How contained atoms are: each fires only above this share of what it reached on unrelated pictures. 1: silent on
+    all of those; more is stricter."""
     beside: float = 0.0
-    """Likewise, of what it reached beside the subject in the concept's own pictures; 0 to 1."""
+    """Likewise, of what it reached beside the subject in the concept's own pictures."""
     steps: int | None = None
     """Steps of the sampler. None: the pipeline's default."""
     guidance: float | None = None
@@ -125,11 +127,10 @@ class Command:
 
 
 def _picture(path: Path) -> Any:
-    from PIL import Image
-
+    from atomtune.data.picture import open_mask
     from atomtune.errors import UserError
 
     try:
-        return Image.open(path)
-    except OSError as error:
-        raise UserError(f"`where` must be a picture file, got {path}: {error}.") from error
+        return open_mask(str(path))
+    except UserError as error:
+        raise UserError(f"`where` must be a picture file, got {error}") from error

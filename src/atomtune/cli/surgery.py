@@ -34,13 +34,24 @@ class Command:
         from atomtune import surgery
         from atomtune.cli.common import open_adapter, pairs
         from atomtune.errors import UserError
+        from atomtune.tuner.mixture import is_mixture, saved_parts
         from atomtune.tuner.notes import save_notes
 
-        if self.out.exists() if self.out else self.keep or self.drop:
+        if not (self.name or self.note or self.keep or self.drop):
+            raise UserError("`name`, `note`, `keep` or `drop` must be given: nothing else is done here.")
+        if self.out is None and (self.keep or self.drop):
+            raise UserError("`out` must be given with --keep and --drop, which write a new adapter. Add --out FOLDER.")
+        if self.out is not None and self.out.exists():
             raise UserError(f"`out` must be a folder that does not exist yet, got {self.out}. Choose another.")
         adapter = open_adapter(self.adapter, self.base, self.allow_other_base)
-        surgery.name(adapter, pairs("name", self.name), pairs("note", self.note))
+        if self.name or self.note:
+            surgery.name(adapter, pairs("name", self.name), pairs("note", self.note))
         for act, names in ((surgery.keep, self.keep), (surgery.drop, self.drop)):
             if names:
                 act(adapter, names)
-        print(adapter.save(self.out) if self.out else save_notes(adapter.pipe, self.adapter, adapter.name))
+        if self.out:
+            print(adapter.save(self.out))
+            return
+        folders = saved_parts(self.adapter)[0] if is_mixture(self.adapter) else {adapter.name: self.adapter}
+        for name, folder in folders.items():
+            print(save_notes(adapter.pipe, folder, name))

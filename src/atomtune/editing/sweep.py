@@ -173,6 +173,11 @@ def blended(pipe: Any, share: float) -> AbstractContextManager[None]:
 def _blended(model: nn.Module, share: float) -> Iterator[None]:
     inside = False
 
+    def mean(own: Any, base: Any) -> Any:
+        if isinstance(own, list):  # Z-Image gives one a picture
+            return [mean(*pair) for pair in zip(own, base, strict=True)]
+        return share * own + (1 - share) * base
+
     def blend(_: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
         nonlocal inside
         if inside:
@@ -183,7 +188,7 @@ def _blended(model: nn.Module, share: float) -> Iterator[None]:
                 plain = model(*args, **kwargs)
         finally:
             inside = False
-        return (share * out[0] + (1 - share) * plain[0], *out[1:])
+        return (mean(out[0], plain[0]), *out[1:])
 
     handle = model.register_forward_hook(blend, with_kwargs=True)
     try:

@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from atomtune.editing.options import Point
 from atomtune.editing.sweep import Edit, Edits, best
-from atomtune.explore.sheets import png
+from atomtune.explore.sheets import labelled, png
 from atomtune.files import write_whole
-
-SIDE = 160
-"""Least width of a column, in pixels."""
-LINE = 14
-"""Height of a line of a label, in pixels."""
 
 
 def marked(found: Sequence[Edit]) -> Point | None:
@@ -27,22 +22,12 @@ def marked(found: Sequence[Edit]) -> Point | None:
 
 def strip(source: Image.Image, found: Sequence[Edit], chosen: Point | None) -> Image.Image:
     """The edits of one prompt, labelled, the chosen point, if any, marked."""
-    labels = [["source"]]
+    columns: list[tuple[Image.Image, list[str]]] = [(source, ["source"])]
     for e in found:
         marks = ["* best"] if e.point == chosen else []
         dials = str(e.point).split(", ")
-        labels.append([*dials, f"likeness {e.likeness:.3f}", f"alignment {e.alignment:+.3f}", *marks])
-    scale = max(1, -(-SIDE // source.width))
-    width, height = source.width * scale, source.height * scale
-    sheet = Image.new("RGB", (len(labels) * (width + 4), height + LINE * 8 + 4), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(LINE - 3)
-    draw.text((2, 1), found[0].prompt, fill="black", font=font)
-    for column, (picture, lines) in enumerate(zip([source, *(e.picture for e in found)], labels, strict=True)):
-        left = column * (width + 4)
-        sheet.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, LINE + 2))
-        for row, line in enumerate(lines):
-            draw.text((left + 2, height + LINE * (row + 1) + 2), line, fill="black", font=font)
-    return sheet
+        columns.append((e.picture, [*dials, f"likeness {e.likeness:.3f}", f"alignment {e.alignment:+.3f}", *marks]))
+    return labelled(found[0].prompt, columns)
 
 
 def save_edits(edits: Edits, folder: Path) -> list[Path]:

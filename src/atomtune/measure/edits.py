@@ -69,8 +69,9 @@ def alignment(
         clean = latents[at].repeat(2, *[1] * (latents.ndim - 1))
         for time, noise in draws:
             s = torch.full((len(clean),), time, device=latents.device)
+            noised, target = backbone.noised(clean, time, noise.expand_as(clean))
             with base_only(model):
-                v = backbone.predict(model, (1 - time) * clean + time * noise, s, words)
-            errors[:, at] += (v - (noise - clean)).float().square().flatten(1).mean(1).view(2, -1)
+                v = backbone.predict(model, noised, s, words)
+            errors[:, at] += (v - target).float().square().flatten(1).mean(1).view(2, -1)
     asked, told = errors
     return (told - asked) / (told + asked)

@@ -48,7 +48,8 @@ def row_strengths(model: Any, dials: Sequence[Dial], adapter: str = "default") -
         for handle in handles:
             handle.remove()
         for place, (layer, part) in held.items():
-            layer.atom_strength[part] = before[place]
+            # The model may have been moved meanwhile.
+            layer.atom_strength[part] = before[place].to(layer.atom_strength[part].device)
 
 
 def paint(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -60,12 +61,15 @@ def attribution(
     weight = region(mask, picture.size, grid).to(clean.device)
     conditioning = backbone.encode_prompts(pipe, [prompt])
     noise = torch.randn(len(times), *clean.shape[1:], generator=torch.Generator().manual_seed(seed)).to(clean)
-    s = torch.tensor(times, device=clean.device)
+    s, parts = torch.tensor(times, device=clean.device), {a.part or adapter for a in ranked}
     noised, _ = backbone.noised(clean.expand_as(noise), s, noise)
 
     def predict(dials: Sequence[Dial]) -> Float[Tensor, "times rows ..."]:
         at = torch.arange(len(s)).repeat_interleave(len(dials))
-        with row_strengths(model, [*dials] * len(s), adapter), open_gate(model, adapter):
+        with ExitStack() as stack:
+            stack.enter_context(row_strengths(model, [*dials] * len(s), adapter))
+            for part in parts:
+                stack.enter_context(open_gate(model, part))
             v = backbone.predict(model, noised[at], s[at], select(conditioning, torch.zeros_like(at)))
         return v.float().unflatten(0, (len(s), len(dials)))
 

@@ -56,9 +56,11 @@ class PromptGate(nn.Module):
                 f"Prompt embeddings must be (batch, tokens, {self.weight.shape[-1]}), got {tuple(embeds.shape)}. "
                 "Check `gate_input` and `gate_dim`."
             )
-        if self.weight.ndim == 1:
-            return self._largest(embeds, mask, self.weight) - self.bias
-        return torch.stack([self._largest(embeds, mask, weight) for weight in self.weight], 1) - self.bias
+        # Offloading moves the model after this has been asked for.
+        weights, bias = self.weight.to(embeds.device), self.bias.to(embeds.device)
+        if weights.ndim == 1:
+            return self._largest(embeds, mask, weights) - bias
+        return torch.stack([self._largest(embeds, mask, weight) for weight in weights], 1) - bias
 
     @staticmethod
     def _largest(embeds: Tensor, mask: Tensor | None, weight: Tensor) -> Float[Tensor, " batch"]:
@@ -126,7 +128,7 @@ class GateValues:
 
     def of_atoms(self, adapter: str, atom_ids: Tensor) -> Tensor:
         """What `read` gives; where parts have gates of their own, each atom's, (B, atoms)."""
-        gate = self.read(adapter)
+        gate = self.read(adapter).to(atom_ids.device)
         if gate.ndim < 2:
             return gate
         return gate[:, torch.bucketize(atom_ids, self.starts[adapter].to(atom_ids.device), right=True)]

@@ -202,7 +202,7 @@ class AtomLinear(nn.Module, AtomLayer):
         self._record_blocks(heads, size, (*x.shape[:-1], pre.shape[-1]), pre, codes)
         if any(name in self.floors for name in heads):
             never = pre.new_full(pre.shape[-1:], -math.inf, dtype=torch.float32)
-            floors = torch.stack([self.floors.get(name, never) for name in heads])
+            floors = torch.stack([self.floors.get(name, never).to(never.device) for name in heads])
             codes = codes.masked_fill(codes.abs() <= floors[:, None], 0)
         factors = [self._factor(name, rows[at * size :][:size]) for at, name in enumerate(heads)]
         shape = (len(heads), size, -1, pre.shape[-1])
@@ -247,10 +247,12 @@ class AtomLinear(nn.Module, AtomLayer):
                 seen_pre_codes.append(pre_codes)
                 seen_codes.append(codes)
         if adapter in self.replaced:
-            where, others = (t if rows is None else t[rows] for t in self.replaced[adapter])
+            where, others = (
+                (t if rows is None else t[rows.to(t.device)]).to(codes.device) for t in self.replaced[adapter]
+            )
             codes = torch.where(where, others.to(codes.dtype), codes)
         if adapter in self.floors:
-            codes = codes.masked_fill(codes.abs() <= self.floors[adapter], 0)
+            codes = codes.masked_fill(codes.abs() <= self.floors[adapter].to(codes.device), 0)
         factor = self.atom_strength[adapter] * self.scaling[adapter]
         if adapter in self.gates:
             gate = self.gates[adapter].of_atoms(adapter, dictionary.atom_ids)
@@ -258,7 +260,7 @@ class AtomLinear(nn.Module, AtomLayer):
                 gate = gate[rows]
             factor = factor * _per_sample(gate, codes)
         if adapter in self.steering:
-            steering = self.steering[adapter]
+            steering = self.steering[adapter].to(codes.device)
             if codes.ndim == 2:  # no tokens
                 if steering.shape[1] > 1:
                     raise UserError("`where` and `words` need sites that read tokens. Name the atoms of those alone.")

@@ -16,7 +16,7 @@ from atomtune.errors import UserError, did_you_mean
 
 from .config import AtomConfig
 from .gate import PromptGate, prompt_gate
-from .model import adapter_config, atom_layers, attach, unwrap
+from .model import activate, adapter_config, atom_layers, attach, remove_adapter, unwrap
 from .store import PARTIAL
 
 MIXTURE = "mixture.json"
@@ -85,17 +85,23 @@ def merge_parts(model: Any, weights: Mapping[str, float], adapter: str = "merged
     config.target_modules = [site for site in sites if sizes[site]]
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     gates = _gates(model, configs, offsets, config)
+    active = next(layer.active_adapters for found in layers.values() for layer in found.values())
     attach(model, config, adapter)
-    if (merged := prompt_gate(unwrap(model), adapter)) is not None:
-        merged.weight.copy_(torch.stack([weight for weight, _ in gates]))
-        merged.bias.copy_(torch.stack([bias for _, bias in gates]))
-    for site, layer in atom_layers(model, adapter).items():
-        states = []
-        for part in (part for part in weights if site in layers[part]):
-            state = dict(layers[part][site].dictionary(part).state_dict())
-            state |= {"atoms": state["atoms"] * weights[part], "atom_ids": state["atom_ids"] + offsets[part]}
-            states.append(state)
-        layer.dictionary(adapter).load_state_dict({key: torch.cat([s[key] for s in states]) for key in states[0]})
+    try:
+        if (merged := prompt_gate(unwrap(model), adapter)) is not None:
+            merged.weight.copy_(torch.stack([weight for weight, _ in gates]))
+            merged.bias.copy_(torch.stack([bias for _, bias in gates]))
+        for site, layer in atom_layers(model, adapter).items():
+            states = []
+            for part in (part for part in weights if site in layers[part]):
+                state = dict(layers[part][site].dictionary(part).state_dict())
+                state |= {"atoms": state["atoms"] * weights[part], "atom_ids": state["atom_ids"] + offsets[part]}
+                states.append(state)
+            layer.dictionary(adapter).load_state_dict({key: torch.cat([s[key] for s in states]) for key in states[0]})
+    except BaseException:
+        remove_adapter(model, adapter)
+        activate(model, *active)
+        raise
     return offsets
 
 
@@ -108,9 +114,10 @@ def _gates(
         return []
     config.gate_input, config.gate_mask, config.gate_dim = gated.gate_input, gated.gate_mask, gated.gate_dim
     found: list[tuple[Tensor, Tensor]] = []
+    device = next(g.bias.device for part in configs if (g := prompt_gate(unwrap(model), part)) is not None)
     starts: list[int] = []
     for part, own in configs.items():
-        gate = prompt_gate(unwrap(model), part) or PromptGate(gated.gate_dim or 1)
+        gate = prompt_gate(unwrap(model), part) or PromptGate(gated.gate_dim or 1).to(device)
         found += zip(gate.weight.reshape(-1, gate.weight.shape[-1]), gate.bias.reshape(-1), strict=True)
         starts += [offsets[part] + start for start in own.gate_starts or [0]]
     config.gate_starts = starts
