@@ -26,7 +26,7 @@ from atomtune.measure.reads import watch
 from atomtune.sampling import generate
 from atomtune.training.ends import NAME, attach_atoms
 from atomtune.training.options import TrainOptions
-from atomtune.training.prepare import triggered, unrelated_list
+from atomtune.training.prepare import mentions, replaced, triggered, unrelated_list
 from atomtune.tuner import adapter_config, atom_layers, base_only
 from atomtune.tuner.lora import Factors, added, codes_in_effect, error_of, lora_of, reduced_rank, rotated, save_lora
 
@@ -113,7 +113,7 @@ def captions(adapter: Adapter, run: Path) -> tuple[str, ...]:
     name, noun = options.concept, options.class_noun
     if not (name and noun):
         raise UserError(f"`prompt` or `data` must be given, since {run} names no concept with a class noun.")
-    near = [p.replace(noun, name) for p in unrelated_list(adapter.pipe, options) if noun in p]
+    near = [replaced(p, noun, name) for p in unrelated_list(adapter.pipe, options) if mentions(p, noun)]
     if not near:
         raise UserError(f"`prompt` or `data` must be given, since no unrelated prompt says the class noun {noun!r}.")
     return _some(near)

@@ -308,7 +308,7 @@ def pictured(captions: tuple[str, ...], unrelated: tuple[str, ...], options: Tra
 def class_prompts(captions: tuple[str, ...], options: TrainOptions) -> tuple[str, ...]:
     """A quarter of the prompts: captions that say the class noun where they said the concept's name."""
     name, noun, number = options.concept, options.class_noun, options.unrelated_pictures
-    near = [_replace(c, name, noun) for c in captions if mentions(c, name)] if name and noun else []
+    near = [replaced(c, name, noun) for c in captions if mentions(c, name)] if name and noun else []
     # With few captions each is painted several times, every time from another noise.
     return tuple((near * number)[: number // 4])
 
@@ -333,13 +333,13 @@ def gate_prompts(
     name, noun = options.concept or "", options.class_noun
     beside = tuple(f"{p}, {name}" for p in unrelated[::4]) + tuple(f"{name}, {p}" for p in unrelated[1::4])
     opening = (*dict.fromkeys(captions), name, f"a {name}", f"a picture of {name}", *beside)
-    without = tuple(" ".join(_replace(c, name, "").split()) for c in captions)
-    instead = tuple(_replace(c, name, noun) for c in captions) + (noun, f"a {noun}") if noun else ()
+    without = tuple(" ".join(replaced(c, name, "").split()) for c in captions)
+    instead = tuple(replaced(c, name, noun) for c in captions) + (noun, f"a {noun}") if noun else ()
     shutting = ("", *without, *instead, *unrelated)
     return opening, tuple(dict.fromkeys(shutting))
 
 
-def _replace(text: str, name: str, by: str) -> str:
+def replaced(text: str, name: str, by: str) -> str:
     """The text with the name replaced wherever it stands."""
     return spelling(name).sub(lambda _: by, text)
 
