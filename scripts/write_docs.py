@@ -117,8 +117,10 @@ def customization_table() -> str:
         f"atoms, {OPENED}": {"method": "atoms", **full},
         "atoms, contained by half": {"method": "atoms", "knob": "contain", "knob_value": 0.5},
         "atoms, contained": {"method": "atoms", "knob": "contain", "knob_value": 1.0},
+        "atoms, a tenth, refitted": {"method": "atoms", "knob": "refit"},
         "LoRA, its gate on": {"method": "lora", "knob": "full", "gate": True},
         "atoms, their gate on": {"method": "atoms", "knob": "full", "gate": True},
+        "atoms, gate on, own words": {"method": "atoms", "knob": "own-words", "knob_value": 0.0},
     }
     columns = ("similarity", "object_accuracy", "alignment", "drift", "pixel_drift", "bleed", "inner_leak", "silence")
     return chosen("customization", points, columns)
@@ -132,6 +134,7 @@ def kept_table() -> str:
         for share in (0.5, 0.25, 0.1):
             kept = {"knob": "atoms", "formula": "effect", "knob_value": share}
             points[f"{name}, {share:.0%} by effect"] = {"method": method, **kept}
+    points["atoms, 10% by effect, refitted"] = {"method": "atoms", "knob": "refit"}
     return chosen("customization", points, ("similarity", "object_accuracy", "alignment"))
 
 
@@ -154,7 +157,9 @@ def plain_table() -> str:
     for method, name, of in (("lora", "LoRA", "LoRA's components"), ("atoms", "atoms", "atoms")):
         points[name] = {"method": method, "knob": "full"}
         points |= {f"{name} x {v}": {"method": method, "knob": "scale", "knob_value": v} for v in (1.2, 0.9, 0.8)}
-        points |= {f"{of}, purity {v}": {"method": method, "knob": "purity", "knob_value": v} for v in (0.4, 0.6)}
+        cuts = {"purity": (0.2, 0.4, 0.6), "beside": (0.25, 0.5, 1.0)} if method == "atoms" else {"purity": (0.4, 0.6)}
+        for knob, values in cuts.items():
+            points |= {f"{of}, {knob} {v}": {"method": method, "knob": knob, "knob_value": v} for v in values}
         for formula in ("effect", "focus"):
             kept = {"method": method, "knob": "atoms", "formula": formula, "knob_value": 0.5}
             points[f"{of}, 50% by {formula}"] = kept
