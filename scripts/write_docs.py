@@ -21,7 +21,7 @@ from measure_scale import MODELS, error_on_largest, projected
 from atomtune.backbones import BACKBONES, unet
 from atomtune.backbones.noising import scheduled
 from atomtune.cli import COMMANDS
-from atomtune.compare.tables import markdown, summarise
+from atomtune.compare.tables import cells_of, difference, markdown, ratio, summarise
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -169,6 +169,34 @@ def plain_table() -> str:
     return chosen("editing-plain", points, columns)
 
 
+def gains_table() -> str:
+    """What each way to turn a method down gains and costs there, paired over subjects."""
+    every, command = rows_of("editing-plain")
+    rows = [row for row in every if row.get("edit", "all") == "all"]
+    ways: dict[str, dict[str, Any]] = {f"x {v}": {"knob": "scale", "knob_value": v} for v in (0.9, 0.8)}
+    ways |= {f"beside {v}": {"knob": "beside", "knob_value": v} for v in (0.25, 0.5, 0.75, 1.0)}
+    ways |= {f"purity {v}": {"knob": "purity", "knob_value": v} for v in (0.2, 0.4)}
+    for formula in ("effect", "focus"):
+        ways[f"half by {formula}"] = {"knob": "atoms", "knob_value": 0.5, "formula": formula}
+    ways["half by singular value"] = {"knob": "svd", "knob_value": 0.5}
+
+    def cells(measure: str, **wanted: Any) -> dict[str, dict[Any, float | None]]:
+        return cells_of([row for row in rows if wanted.items() <= row.items()], measure)
+
+    lines = ["| turned down | likeness kept | alignment gained, points |", "|---|---:|---:|"]
+    for method, name in (("lora", "LoRA"), ("atoms", "atoms")):
+        for way, wanted in ways.items():
+            if not cells("similarity", method=method, **wanted):
+                continue
+            turned, full = {"method": method, **wanted}, {"method": method, "knob": "full"}
+            kept = ratio(cells("similarity", **turned), cells("similarity", **full))
+            gained = difference(cells("alignment", **turned), cells("alignment", **full))
+            shares = f"{kept.mean:.0%} ({kept.low:.0%} to {kept.high:.0%})"
+            points = f"{100 * gained.mean:+.1f} ({100 * gained.low:+.1f} to {100 * gained.high:+.1f})"
+            lines.append(f"| {name}, {way} | {shares} | {points} |")
+    return with_command(lines, command)
+
+
 def editing_table() -> str:
     points: dict[str, dict[str, Any]] = {"base": {"method": "base"}, "true pictures, decoded": {"method": "truth"}}
     for method, name in (("lora", "LoRA"), ("atoms", "atoms")):
@@ -268,7 +296,7 @@ TABLES = {
         "kept": kept_table,
     },
     "docs/backbones.md": {"backbones": backbones_table},
-    "docs/method.md": {"mixing": mixing_table, "editing": editing_table, "plain": plain_table},
+    "docs/method.md": {"mixing": mixing_table, "editing": editing_table, "plain": plain_table, "gains": gains_table},
     "docs/scale.md": {"measured": scale_measured, "projected": scale_projected, "many": many_table},
     "docs/training.md": {"memory": memory_table, "reliability": reliability_table},
 }
