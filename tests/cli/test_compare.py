@@ -50,7 +50,17 @@ def cell(task: str, method: str, subject: str) -> Cell:
 
 def test_editing_turns_every_knob(tmp_path: Path) -> None:
     rows = measure.work(cell("editing-bare", "lora", "cow"), tmp_path)
-    assert {r["knob"] for r in rows} == {"full", "scale", "atoms", "purity", "random", "svd", "own-words", "own-strong"}
+    assert {r["knob"] for r in rows} == {
+        "full",
+        "scale",
+        "atoms",
+        "purity",
+        "beside",
+        "random",
+        "svd",
+        "own-words",
+        "own-strong",
+    }
     assert {r["edit"] for r in rows} == {"all", "style", "pair", "position", "size", "color", "pattern"}
     keys = [(r["knob"], r["knob_value"], r["formula"], r["gate"], r["edit"]) for r in rows]
     assert len(keys) == len(set(keys))

@@ -202,7 +202,8 @@ def prediction(pipe: Any, material: Any) -> torch.Tensor:
 def test_lora_by_the_rivals_loop_is_dense_atoms_by_ours(pipe: Any, material: Any) -> None:
     """Equal terms: with the same numbers to start from, the two loops give the same losses."""
     backbone, base = backbone_of(pipe), denoiser(pipe)
-    options = dataclasses.replace(SMALL, sparsifier="dense", silence=0.0, gate=False, nested=False)
+    plain = {"silence": 0.0, "gate": False, "nested": False, "contain": False}
+    options = dataclasses.replace(SMALL, sparsifier="dense", **plain)
     rival = attach_rival("lora", base, backbone.sites, 4, 0)
     started = factors(base)
     theirs = train_rival(backbone, base, material, rival, options)
