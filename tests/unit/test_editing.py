@@ -76,8 +76,9 @@ def test_variants_are_the_picture_and_small_moves_of_it_with_its_mask(
         ([1.0, 0.5, 0.4, 0.39, 0.389, 0.388], 5),
         ([1.0, 0.5, 0.4, 0.3, 0.2, 0.1], None),
         ([1.0, 1.1, 1.2, 1.3], 4),
+        ([1.0, 1.0, 1.0, 1.0], 4),
     ],
-    ids=["plateau", "falling", "never fell"],
+    ids=["plateau", "falling", "never fell", "never moved"],
 )
 def test_tuning_stops_where_the_loss_has_stopped_falling(
     monkeypatch: pytest.MonkeyPatch, losses: list[float], stops: int | None

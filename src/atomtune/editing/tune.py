@@ -89,7 +89,7 @@ def plateau(looks: int, every: int = 20, least: float = 0.05) -> Callable[[Run],
         if len(losses) <= looks + 1:
             return False
         before = min(losses[:-looks])
-        return before - min(losses[-looks:]) < least * (losses[0] - before)
+        return before - min(losses[-looks:]) <= least * (losses[0] - before)
 
     return stop
 
