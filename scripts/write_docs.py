@@ -157,8 +157,7 @@ def plain_table() -> str:
     for method, name, of in (("lora", "LoRA", "LoRA's components"), ("atoms", "atoms", "atoms")):
         points[name] = {"method": method, "knob": "full"}
         points |= {f"{name} x {v}": {"method": method, "knob": "scale", "knob_value": v} for v in (1.2, 0.9, 0.8)}
-        cuts = {"purity": (0.2, 0.4, 0.6), "beside": (0.25, 0.5, 1.0)} if method == "atoms" else {"purity": (0.4, 0.6)}
-        for knob, values in cuts.items():
+        for knob, values in {"purity": (0.2, 0.4, 0.6), "beside": (0.25, 0.5, 1.0)}.items():
             points |= {f"{of}, {knob} {v}": {"method": method, "knob": knob, "knob_value": v} for v in values}
         for formula in ("effect", "focus"):
             kept = {"method": method, "knob": "atoms", "formula": formula, "knob_value": 0.5}
