@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .kills import at_write, count_writes
-from .workplace import Place, Tally, room, run
+from .workplace import Place, Tally, run
 
 Act = Callable[[], None]
 
@@ -28,7 +28,6 @@ def disk(place: Place, count: int, seed: int) -> Tally:
     tally = Tally(
         "disk full", f"{what} before a random file operation: one line, exit code 2; with space again the end bit-equal"
     )
-    room(place, "disk", cached=False)
     size, moments = 4 * _size(place.truth.parent), count_writes(place)
     met: Counter[str] = Counter()
     for trial in range(count):

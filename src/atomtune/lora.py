@@ -27,6 +27,7 @@ from atomtune.sampling import generate
 from atomtune.training.ends import NAME, attach_atoms
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import mentions, replaced, triggered, unrelated_list
+from atomtune.training.run_folder import OPTIONS, stored
 from atomtune.tuner import adapter_config, atom_layers, base_only
 from atomtune.tuner.lora import Factors, added, codes_in_effect, error_of, lora_of, reduced_rank, rotated, save_lora
 
@@ -126,8 +127,8 @@ def learned(data: Path, run: Path) -> tuple[str, ...]:
 
 
 def _options(run: Path) -> TrainOptions:
-    path = run / "options.json"
-    return TrainOptions.from_json(path.read_text(encoding="utf-8")) if path.is_file() else TrainOptions()
+    """What a run trained with; the defaults where the folder is no run's."""
+    return stored(run, TrainOptions()) if (run / OPTIONS).is_file() else TrainOptions()
 
 
 def _some(prompts: Sequence[str]) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from atomtune.files import write_whole
 from atomtune.own_words import UNTIL
 from atomtune.sampling import generate
 from atomtune.steering import Steer
-from atomtune.tuner.mixture import MIXTURE, check_parts, merge_parts, same_base
+from atomtune.tuner.mixture import MIXTURE, check_parts, merge_parts, off_on_error, same_base
 from atomtune.tuner.store import read
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -301,10 +301,6 @@ def merge(mixture: Mixture, name: str = "merged") -> Adapter:
     sites = tuner.adapter_config(mixture.pipe, name).sites or []
     old = {f"L{sites.index(a.path)}[{a.id + offsets[a.part]}]": a for a in atoms}
     labels = {new: f"{a.part} {a.label}" for new, a in old.items() if a.label}
-    try:
+    with off_on_error(mixture.pipe, name, mixture.parts):
         surgery.name(merged, labels, {new: a.note for new, a in old.items()})
-    except UserError:
-        merged.remove()
-        tuner.activate(mixture.pipe, *mixture.parts)
-        raise
     return merged

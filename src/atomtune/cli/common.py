@@ -78,6 +78,11 @@ def check_top(top: int) -> None:
         raise UserError(f"`top` must be at least 1, got {top}.")
 
 
+def unshown(number: int, top: int, before: str) -> str:
+    """What ends a line below a table that --top cuts off, after `before`; nothing where it shows all."""
+    return f"{before} {number - top} more than shown: --top" if number > top else ""
+
+
 def counted(number: int, noun: str) -> str:
     """`1 picture`, `2 pictures`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -28,7 +28,7 @@ class Command:
 
     def run(self) -> None:
         from atomtune.atoms import diff
-        from atomtune.cli.common import check_top
+        from atomtune.cli.common import check_top, unshown
 
         check_top(self.top)
         found = diff(*self.adapter, alike=self.alike)
@@ -50,5 +50,5 @@ class Command:
             importance = "-" if m.importance is None else f"{m.importance:.4f}"
             likeness = f"{m.likeness:.3f}" if m.a and m.b else "-"
             print(f"{m.a or '-':<16} {m.b or '-':<16} {importance:>10} {likeness:>8}  {m.path}")
-        more = f"; {len(different) - self.top} more than shown: --top" if len(different) > self.top else ""
+        more = unshown(len(different), self.top, ";")
         print(f"atoms matched by {found.by}; likeness: cosine of encoder x cosine of atom{more}", file=sys.stderr)

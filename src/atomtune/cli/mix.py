@@ -39,7 +39,7 @@ class Command:
         import atomtune
         from atomtune import mix, surgery
         from atomtune.adapter import base_of
-        from atomtune.cli.common import check_top, counted, device_of, pairs
+        from atomtune.cli.common import check_top, counted, device_of, pairs, unshown
         from atomtune.errors import UserError
         from atomtune.tuner.mixture import check_parts
 
@@ -59,7 +59,7 @@ class Command:
             for c in found[: self.top]:
                 names = f"{c.first.called:<20} {c.second.called:<20}"
                 print(f"{names} {c.together:>11.2f} {c.cosine:>6.2f}  {c.first.path}")
-            more = f", {len(found) - self.top} more than shown: --top" if len(found) > self.top else ""
+            more = unshown(len(found), self.top, ",")
             print(f"{counted(len(found), 'conflict')} of {len(mixture.atoms)} atoms{more}", file=sys.stderr)
         if self.drop_weaker:
             surgery.drop(mixture, mix.weaker(found))

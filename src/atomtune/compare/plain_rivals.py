@@ -134,11 +134,11 @@ class Rival:
 
     def off(self) -> AbstractContextManager[None]:
         """Inside, the model is the base, bit for bit."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind has its own
 
     def scaled(self, strength: float) -> AbstractContextManager[None]:
         """Inside, the change of each layer's output, or of its weight, is multiplied by `strength`."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind has its own
 
     def remove(self) -> None:
         """Make the model the base again, bit for bit; what was trained stays with the rival."""
@@ -148,7 +148,7 @@ class Rival:
             release(self._at)
 
     def _detach(self) -> None:
-        raise NotImplementedError
+        raise NotImplementedError  # each kind has its own
 
 
 def release(at: Target) -> None:
@@ -175,7 +175,7 @@ class Piece(nn.Module):
     def forward(
         self, x: Float[Tensor, "*batch d_in"], y: Float[Tensor, "*batch d_out"]
     ) -> Float[Tensor, "*batch d_out"]:
-        raise NotImplementedError
+        raise NotImplementedError  # each kind has its own
 
 
 class Bottleneck(Piece):

@@ -22,7 +22,7 @@ class Sparsifier(nn.Module):
     """Whether all of its kind compute the same of a single pre-code, so that one serves for several dictionaries."""
 
     def forward(self, pre_codes: Float[Tensor, "*batch n_atoms"]) -> Float[Tensor, "*batch n_atoms"]:
-        raise NotImplementedError
+        raise NotImplementedError  # each kind has its own
 
     def reset_parameters(self) -> None:
         """Return learned and running values to where they started."""

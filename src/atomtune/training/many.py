@@ -166,7 +166,7 @@ def _steps(runs: Sequence[Run], together: int, progress: bool) -> None:
             now = [run for run in runs if run.done == step]
             _together(now, step, together, logs)
             for run in now:
-                if run.done % o.checkpoint_every == 0 or run.done == o.steps or asked_to_stop():
+                if run.done % o.checkpoint_every == 0 or run.over() or asked_to_stop():
                     run.checkpoint()
             bar.update()
             if asked_to_stop():

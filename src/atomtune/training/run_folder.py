@@ -25,7 +25,7 @@ from atomtune.files import is_unfinished, write_whole
 from atomtune.training import config
 from atomtune.training.options import TrainOptions
 from atomtune.tuner import previous_of, recover
-from atomtune.tuner.store import WEIGHTS
+from atomtune.tuner.store import RUN_STATUS, WEIGHTS
 
 try:
     import fcntl
@@ -36,7 +36,7 @@ OPTIONS, CONFIG, DATA, STATUS, LOCK, LOG = (
     "options.json",
     config.FILE,
     "data.json",
-    "status.json",
+    RUN_STATUS,
     ".lock",
     "log.jsonl",
 )

@@ -5,7 +5,8 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def merge_parts(model: Any, weights: Mapping[str, float], adapter: str = "merged
     gates = _gates(model, configs, offsets, config)
     active = next(layer.active_adapters for found in layers.values() for layer in found.values())
     attach(model, config, adapter)
-    try:
+    with off_on_error(model, adapter, active):
         if (merged := prompt_gate(unwrap(model), adapter)) is not None:
             merged.weight.copy_(torch.stack([weight for weight, _ in gates]))
             merged.bias.copy_(torch.stack([bias for _, bias in gates]))
@@ -98,11 +99,18 @@ def merge_parts(model: Any, weights: Mapping[str, float], adapter: str = "merged
                 state |= {"atoms": state["atoms"] * weights[part], "atom_ids": state["atom_ids"] + offsets[part]}
                 states.append(state)
             layer.dictionary(adapter).load_state_dict({key: torch.cat([s[key] for s in states]) for key in states[0]})
+    return offsets
+
+
+@contextmanager
+def off_on_error(model: Any, adapter: str, active: Iterable[str]) -> Iterator[None]:
+    """Inside, an error takes the adapter off, and those that were active take part again."""
+    try:
+        yield
     except BaseException:
         remove_adapter(model, adapter)
         activate(model, *active)
         raise
-    return offsets
 
 
 def _gates(
