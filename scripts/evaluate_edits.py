@@ -1,8 +1,9 @@
-"""python scripts/evaluate_edits.py: sweep edits of one picture on subjects for tuning, and score them exactly.
+"""python scripts/evaluate_edits.py: `atomtune edit` on the benchmark's subjects, its sweep scored exactly.
 
-Writes benchmarks/results/edits.json, a row for each subject and point, and the strips to --out. Beside the exact scores
-of the comparison's editing task stand likeness and alignment as they are measured without a judge, and how the two
-kinds agree over single edits (Spearman's rank correlation).
+Writes benchmarks/results/edits.json, a row for each subject, recipe and point, and the strips to --out. Beside the
+exact scores of the comparison's editing task stand likeness and alignment as `edit` measures them without a judge,
+whether the point is the one that it suggests, and how the two kinds of score agree over single edits (Spearman's rank
+correlation).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,61 +22,74 @@ from PIL import Image
 import atomtune
 from atomtune.compare import tasks
 from atomtune.compare.results import script_command, write_result
-from atomtune.editing.options import SWEPT, TUNING, EditOptions
+from atomtune.editing.options import TUNING, EditOptions
 from atomtune.editing.sweep import Edits, best, table
 from atomtune.explore.strips import save_edits
 from atomtune.scenes.render import render
+from atomtune.training import run_folder
+
+SWEEP = EditOptions(sampler=12)
+RECIPES = {
+    "default": SWEEP,
+    "blend": dataclasses.replace(SWEEP, purity=(0.0,), strength=(1.0,), blend=0.7),
+    "quick": dataclasses.replace(SWEEP, purity=(0.0,), strength=(1.0,), quick=True),
+}
+"""What is swept: all of it as `edit` does it; with the recipes of others, which tune anew where that differs, less."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--subjects", nargs="+", default=["cow", "truck"])
-    parser.add_argument("--words", choices=("full", "bare"), default="full")
-    parser.add_argument("--silence", action="store_true", help="train on unrelated pictures too, as `atomtune train`")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--purity", nargs="+", type=float, default=[0.0, 0.4])
-    parser.add_argument("--beside", nargs="+", type=float, default=[0.0, 0.5])
-    parser.add_argument("--keep", nargs="+", type=float, default=[1.0])
-    parser.add_argument("--strength", nargs="+", type=float, default=[1.0, 0.8])
+    parser.add_argument("--subjects", nargs="+", default=tasks.SUBJECTS)
+    parser.add_argument("--words", choices=("full", "bare"), default="bare", help="what the caption says")
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--steps", type=int, default=TUNING.steps)
     parser.add_argument("--noises", type=int, default=1)
-    parser.add_argument("--tuned", type=Path, help="folder of earlier runs, by subject; nothing is trained then")
     parser.add_argument("--out", type=Path, default=Path("runs/edits"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/edits.json"))
     given = parser.parse_args()
-    options = EditOptions(**{name: tuple(getattr(given, name)) for name in SWEPT}, sampler=12)
-    training = dataclasses.replace(TUNING, steps=given.steps)
-    if given.silence:
-        training = dataclasses.replace(training, unrelated_batch=None, unrelated_pictures=32)
     begin = time.monotonic()
-    rows: list[dict[str, Any]] = []
-    for subject in given.subjects:
-        rows += of_subject(subject, given, options, training)
+    rows = [row for subject in given.subjects for row in kept(subject, given)]
     write_result(given.results, script_command(), rows, time.monotonic() - begin)
 
 
-def of_subject(subject: str, given: Any, options: EditOptions, training: Any) -> list[dict[str, Any]]:
+def kept(subject: str, given: Any) -> list[dict[str, Any]]:
+    """The rows of a subject; of an earlier run where they are there."""
+    path = given.out / f"{subject}.json"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(list(of_subject(subject, given))))
+    return json.loads(path.read_text())
+
+
+def of_subject(subject: str, given: Any) -> Iterator[dict[str, Any]]:
     pipe = atomtune.open_pipeline("embedded")
     ((shot, source),) = tasks.single_lesson(subject, given.words).shots
     asks = tasks.edit_asks(subject, given.noises)
-    picture, out = Image.fromarray(render(shot)), given.out / subject
-    adapter = None if given.tuned is None else atomtune.load(pipe, given.tuned / subject)
-    words = [ask.words for ask in asks]
-    done = atomtune.edit(pipe, picture, source, words, out, options, training, adapter=adapter)
-    save_edits(done, out)
-    scored = score(done, asks)
-    for row in scored:
-        print(json.dumps({"subject": subject} | {k: round(v, 3) for k, v in row.items() if isinstance(v, float)}))
-    print("best", best(done.found), "agreement", agreement(done, asks), flush=True)
-    return [{"subject": subject, "words": given.words} | row | agreement(done, asks) for row in scored]
+    picture, words = Image.fromarray(render(shot)), [ask.words for ask in asks]
+    training, tuned, steps = dataclasses.replace(TUNING, steps=given.steps), None, 0
+    for recipe in given.recipes:
+        options, out = RECIPES[recipe], given.out / subject / recipe
+        if tuned is not None and options.quick:
+            tuned.remove()
+            tuned = None
+        done = atomtune.edit(pipe, picture, source, words, out, options, training, adapter=tuned)
+        if tuned is None:  # it stopped where its loss did
+            steps = len((out / "run" / run_folder.LOG).read_text().splitlines())
+        tuned = done.adapter
+        save_edits(done, out)
+        facts = {"subject": subject, "words": given.words, "recipe": recipe, "steps": steps}
+        for row in score(done, asks):
+            print(json.dumps(facts | {k: round(v, 3) for k, v in row.items() if isinstance(v, float)}), flush=True)
+            yield facts | row | agreement(done, asks)
 
 
 def score(done: Edits, asks: list[tasks.Ask]) -> list[dict[str, float]]:
     """The rows of the sweep's table with the comparison's scores beside them."""
-    rows = []
+    rows, suggested = [], best(done.found)
     for row in table(done.found):
         own = [e for e in done.found if all(row[k] == v for k, v in vars(e.point).items())]
         exact = tasks.score([e.picture for e in own], asks)
-        rows.append(row | {f"exact_{name}": value for name, value in exact.items()})
+        rows.append(row | {"suggested": own[0].point == suggested} | {f"exact_{k}": v for k, v in exact.items()})
     return rows
 
 

@@ -52,8 +52,8 @@ def rows_of(name: str) -> tuple[list[dict[str, Any]], str]:
 
 
 def with_command(lines: list[str], command: str) -> str:
-    """A table, and below it the command that made its rows."""
-    return "\n".join([*lines, "", f"`{command}`"])
+    """A table, and below it the commands that made its rows."""
+    return "\n".join([*lines, *(f"\n`{line}`" for line in command.splitlines())])
 
 
 def scenes_table() -> str:

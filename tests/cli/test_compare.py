@@ -34,6 +34,17 @@ def test_a_grid_is_measured_once_and_told(tmp_path: Path, capsys: pytest.Capture
     assert len(written) == 3
     assert main(arguments) == 0
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "cells").glob("*.json")} == written
+    added = ["compare", "--subjects", "cow", "--methods", "truth", *QUICK, "--out", str(tmp_path), "--add"]
+    assert main(added) == 0
+    grown = json.loads((tmp_path / "results/customization.json").read_text())
+    assert [row for row in grown["rows"] if row["method"] != "truth"] == stored["rows"]
+    assert {row["method"] for row in grown["rows"]} == methods | {"truth"}
+    assert grown["cells"].items() > stored["cells"].items()
+    assert len(grown["command"].splitlines()) == 2
+    capsys.readouterr()
+    assert main([*added, "--sampler", "2"]) == 2
+    assert "`add` needs a result with settings" in capsys.readouterr().err
+    assert json.loads((tmp_path / "results/customization.json").read_text()) == grown
 
 
 def test_rates_are_those_that_the_stored_search_chose() -> None:

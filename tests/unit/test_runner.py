@@ -1,5 +1,6 @@
 import contextlib
 import errno
+import dataclasses
 import json
 import logging
 import os
@@ -18,7 +19,7 @@ import pytest
 
 from atomtune.compare import runner
 from atomtune.compare.cells import Cell, Outcome, Store
-from atomtune.compare.results import restore, rows, write_result
+from atomtune.compare.results import others, restore, rows, write_result
 from atomtune.compare.runner import run
 from atomtune.errors import UserError
 
@@ -499,6 +500,30 @@ def test_a_grid_goes_on_from_its_stored_result_alone(tmp_path: Path) -> None:
     path.write_text(path.read_text()[:-30])
     with pytest.raises(UserError, match=r"`results` holds result.json, which is no whole result"):
         restore(path, cells, tmp_path / "b")
+
+
+def test_a_result_keeps_what_a_grid_does_not_have(tmp_path: Path) -> None:
+    good, bad = some_outcomes()
+    path, settings = tmp_path / "result.json", {"task": "style", "set": {"steps": 2}}
+    assert others(path, [good.cell], settings) is None
+    write_result(path, "c 1", rows([good, bad]), 2.0, outcomes=[good], settings=settings)
+    beside = others(path, [bad.cell], settings)
+    assert beside is not None
+    assert {row["method"] for row in beside.rows} == {"lora", "lora at half"}  # not the failure of the cell itself
+    mended = dataclasses.replace(bad, rows=[{"score": 1.0, "size": 4}], error=None)
+    mended = dataclasses.replace(mended, cell=dataclasses.replace(bad.cell, config={"size": 4}))
+    write_result(path, "c 2", rows([mended]), 1.0, outcomes=[mended], settings=settings, beside=beside)
+    result = json.loads(path.read_text())
+    assert result["command"] == "c 1\nc 2"
+    assert result["cells"].keys() == {good.cell.key, mended.cell.key}
+    assert result["seconds"] == 2.0
+    again = others(path, [mended.cell], settings)
+    assert again is not None and {row["subject"] for row in again.rows} == {"kite"}
+    other_size = dataclasses.replace(mended.cell, config={"size": 8})
+    again = others(path, [other_size], settings)
+    assert again is not None and len(again.rows) == 3
+    with pytest.raises(UserError, match="`add` needs a result with settings"):
+        others(path, [bad.cell], settings | {"set": {}})
 
 
 def test_a_result_file_has_the_fields_of_the_others(tmp_path: Path) -> None:

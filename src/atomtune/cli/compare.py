@@ -34,6 +34,8 @@ class Command:
     """Address of a Ray cluster to spread the cells over; "local" starts one here."""
     again: bool = False
     """Measure finished cells anew."""
+    add: bool = False
+    """Keep what the result of that name holds of other methods, subjects, seeds and sizes."""
     tune: bool = False
     """Search each method's learning rate instead, by its hypervolume; use --subjects tuning."""
     dials: bool = True
@@ -66,6 +68,7 @@ class Command:
             processes=self.processes,
             ray=self.ray,
             again=self.again,
+            add=self.add,
             results=self.results,
             command=command_line(),
         )

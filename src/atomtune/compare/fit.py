@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
@@ -12,8 +11,8 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from atomtune.compare.controls import attach_autoencoded, attach_factors, factor
 from atomtune.compare.methods import METHODS
 from atomtune.compare.rivals import Rival, attach_rival
 from atomtune.errors import UserError
+from atomtune.files import exclusive
 from atomtune.scenes.render import render
 from atomtune.scenes.world import Scene
 from atomtune.training import objective
@@ -310,11 +310,3 @@ def train_rival(
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
     return losses
-
-
-@contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """One process at a time; a killed one lets go."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

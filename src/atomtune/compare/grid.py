@@ -15,12 +15,12 @@ from atomtune.backbones import EMBEDDED, denoiser, open_pipeline
 from atomtune.compare import plots, tables
 from atomtune.compare.cells import Cell
 from atomtune.compare.methods import BASE, METHODS, REFERENCES, options_of, parse
-from atomtune.compare.results import restore, write_result
+from atomtune.compare.results import others, restore, write_result
 from atomtune.compare.results import rows as rows_of
 from atomtune.compare.runner import run
 from atomtune.compare.tasks import TASKS
 from atomtune.errors import UserError, did_you_mean
-from atomtune.files import write_whole
+from atomtune.files import exclusive, write_whole
 from atomtune.tuner import fingerprint
 
 CODE = tuple(f"atomtune.{room}" for room in ("sparse", "tuner", "effect", "atoms", "training", "scenes", "compare.fit"))
@@ -111,16 +111,21 @@ def compare(
     processes: int | None = None,
     ray: str | None = None,
     again: bool = False,
+    add: bool = False,
     results: Path | None = None,
     command: str = "",
 ) -> Path:
     """Measure what is missing, then write `name`.json, its tables and its figures in `results`; returns the table.
 
     Finished cells and trained methods are kept in `out`, which any number of runs may share; cells that the stored
-    result of that name holds are not measured again either.
+    result of that name holds are not measured again either. With `add` its other cells stay in the result.
     """
     begin = time.monotonic()
     cells, folder = grid.cells(), results or out / "results"
+    settings = {"task": grid.task, **{name: cells[0].config[name] for name in ("fingerprint", "sampler")}}
+    settings |= {"set": dict(grid.options)}
+    if add:
+        others(folder / f"{name}.json", cells, settings)  # raises before anything is measured
     if not again and (restored := restore(folder / f"{name}.json", cells, out)):
         print(f"{restored} cells are taken from {folder / f'{name}.json'}", file=sys.stderr)
     outcomes = run(
@@ -143,8 +148,12 @@ def compare(
         )
     folder.mkdir(parents=True, exist_ok=True)
     spent = sum(o.seconds for o in outcomes) or time.monotonic() - begin
-    rows = rows_of(outcomes)
-    write_result(folder / f"{name}.json", command, rows, spent, outcomes=outcomes)
+    path = folder / f"{name}.json"
+    with exclusive(folder):
+        beside = others(path, cells, settings) if add else None
+        rows = rows_of(outcomes)
+        write_result(path, command, rows, spent, outcomes=outcomes, settings=settings, beside=beside)
+    rows = [*(beside.rows if beside else ()), *rows]
     return write_report(rows, grid.task, folder, name, command)
 
 

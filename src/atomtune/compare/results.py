@@ -7,6 +7,7 @@ import platform
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,40 @@ def restore(path: Path, cells: Iterable[Cell], folder: Path) -> int:
     return restored
 
 
+@dataclass(frozen=True)
+class Others:
+    """What a result file holds beside the cells of a grid."""
+
+    command: str
+    """One a line."""
+    seconds: float
+    cells: Mapping[str, Any]
+    """How each was measured, by its key."""
+    rows: Sequence[Row]
+
+
+def others(path: Path, cells: Sequence[Cell], settings: Mapping[str, Any]) -> Others | None:
+    """What a result file, if it is there, holds of other methods, subjects, seeds and sizes than those of the cells.
+
+    Raises UserError where the file is not a result, or was made with other settings.
+    """
+    if not path.is_file():
+        return None
+    own = {(c.method, c.subject, c.seed, size) for c in cells for size in (c.config.get("size", 0), None)}
+    try:
+        result = json.loads(path.read_bytes())
+        theirs = result.get("settings")
+        # The row of a failed cell has no size.
+        rows = [r for r in result["rows"] if (r["method"], r["subject"], r["seed"], r.get("size")) not in own]
+        kept = {key: how for key, how in result.get("cells", {}).items() if any(r["cell"] == key for r in rows)}
+        found = Others(result["command"], sum(how["seconds"] for how in kept.values()), kept, rows)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"`results` holds {path.name}, which is no whole result ({error}). Move it away.") from error
+    if theirs != settings:
+        raise UserError(f"`add` needs a result with settings {settings}; {path.name} has {theirs}. Name another.")
+    return found
+
+
 def write_result(
     path: Path,
     command: str,
@@ -60,34 +95,44 @@ def write_result(
     seconds: float,
     *,
     outcomes: Iterable[Outcome] = (),
+    settings: Mapping[str, Any] | None = None,
+    beside: Others | None = None,
     started: str | None = None,
     commit: str | None = None,
     machine: str | None = None,
 ) -> None:
     """Write a result file, whole or not at all; absolute paths in it are cut to what says nothing of the machine.
 
-    `outcomes` say how the cells of the rows were measured: `restore` needs it. `started` is ISO time, None for
-    `seconds` ago; `machine` is None for processor and system.
+    `outcomes` say how the cells of the rows were measured: `restore` needs it; `settings` what all cells share, and
+    `beside` holds cells of other commands: `others` needs them. `started` is ISO time, None for `seconds` ago;
+    `machine` is None for processor and system.
     """
     import importlib.metadata
 
     begin = datetime.now(UTC) - timedelta(seconds=seconds)
+    commands = [_without_paths(command)]
+    if beside:
+        seconds, commands = seconds + beside.seconds, [*beside.command.splitlines(), *commands]
     result = {
-        "command": _without_paths(command),
+        "command": "\n".join(dict.fromkeys(commands)),
         "atomtune": importlib.metadata.version("atomtune"),
         **({} if commit is None else {"commit": commit}),
         "machine": _without_paths(machine or f"{platform.machine()}, {platform.system()}"),
         "started": started or begin.isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
     }
-    if measured := {
+    if settings is not None:
+        result["settings"] = dict(settings)
+    measured = {
         o.cell.key: {"seconds": round(o.seconds, 1), "code": o.code, "started": o.started}
         for o in outcomes
         if o.error is None
-    }:
+    }
+    if measured := {**(beside.cells if beside else {}), **measured}:
         result["cells"] = measured
+    every = [*(beside.rows if beside else ()), *rows]
     result["rows"] = [
-        {column: _short(value) for column, value in row.items()} for row in (plain_rows(rows) if rows else ())
+        {column: _short(value) for column, value in row.items()} for row in (plain_rows(every) if every else ())
     ]
     fields = ",\n".join(f" {json.dumps(name)}: {_entries(value)}" for name, value in result.items())
     write_whole(path, f"{{\n{fields}\n}}\n")

@@ -201,9 +201,10 @@ def method_hypervolume(
 ) -> list[dict[str, Any]]:
     """What a method's operating points dominate together, by subject, as a summary with the measure `hypervolume`.
 
-    A subject's point is the mean over its seeds; where lower is better, its coordinate is 1 - value. `reference` holds
-    a point a subject in the same coordinates, as `base_reference` makes it. Rows that lack one of the measures are left
-    out, and counted as missing unless all rows of their operating point do; `points` counts the operating points.
+    A subject's point is the mean over its seeds, and counts where no other has more of them; where lower is better, its
+    coordinate is 1 - value. `reference` holds a point a subject in the same coordinates, as `base_reference` makes it.
+    Rows that lack one of the measures are left out, and counted as missing unless all rows of their operating point do;
+    `points` counts the operating points.
     """
     summary = []
     for key, members, failed in _groups(rows, by):
@@ -214,7 +215,9 @@ def method_hypervolume(
             if subject not in reference:
                 raise UserError(f"`reference` must have a point for every subject, got none for {subject}")
             own = [row for row in complete if _cell(row)[0] == subject]
-            points = [_point(part, measures) for part in _operating_points(own)]
+            whole_points = _operating_points(own)
+            seeds = max(map(len, whole_points), default=0)
+            points = [_point(part, measures) for part in whole_points if len(part) == seeds]
             volumes[subject] = [hypervolume(np.array(points), reference[subject]) if points else None]
         found = interval(volumes, "mean", resamples, seed, level)
         cells = {_cell(row) for row in complete}
@@ -291,7 +294,8 @@ def markdown(
 ) -> str:
     """A Markdown table with "mean (low to high)" cells, its caption, and the command that made the rows.
 
-    `labels` holds the columns that name a row, key -> header (default: the method). The rows go by `order`, a measure
+    `command` has a line a command. `labels` holds the columns that name a row, key -> header (default: the method); a
+    column tells the seeds where they differ. The rows go by `order`, a measure
     (default: the first; best on top, base and truth last) or a key. In each column the better of our best and the best
     rival's is bold, where their intervals do not overlap; base and truth are no rivals.
     """
@@ -308,8 +312,11 @@ def markdown(
     if any(entry.get("failed") for entry in entries):
         headers.append("failed")
         lines = [[*line, str(entry.get("failed") or "")] for line, entry in zip(lines, entries, strict=True)]
+    if len({entry["seeds"] for entry in entries if entry.get("seeds") and not is_reference(entry)}) > 1:
+        headers.append("seeds")
+        lines = [[*line, str(entry.get("seeds", ""))] for line, entry in zip(lines, entries, strict=True)]
     table = _table(headers, lines, left=len(labels))
-    after = ["", _caption(entries, measures, bool(bold))] + (["", f"`{command}`"] if command else [])
+    after = ["", _caption(entries, measures, bool(bold)), *(f"\n`{line}`" for line in command.splitlines())]
     return "\n".join([*table, *after])
 
 
