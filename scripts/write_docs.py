@@ -21,7 +21,7 @@ from measure_scale import MODELS, error_on_largest, projected
 from atomtune.backbones import BACKBONES, unet
 from atomtune.backbones.noising import scheduled
 from atomtune.cli import COMMANDS
-from atomtune.compare.tables import cells_of, difference, markdown, ratio, summarise
+from atomtune.compare.tables import cells_of, difference, interval, markdown, ratio, summarise
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -90,6 +90,8 @@ def demo_table() -> str:
 
 
 OPENED = "gate held open"
+OFF = {"purity": 0.0, "beside": 0.0, "keep": 1.0, "strength": 1.0}
+"""The dials of `atomtune edit` where all atoms take part."""
 
 
 def chosen(task: str, points: dict[str, dict[str, Any]], columns: tuple[str, ...]) -> str:
@@ -178,21 +180,47 @@ def gains_table() -> str:
     for formula in ("effect", "focus"):
         ways[f"half by {formula}"] = {"knob": "atoms", "knob_value": 0.5, "formula": formula}
     ways["half by singular value"] = {"knob": "svd", "knob_value": 0.5}
-
-    def cells(measure: str, **wanted: Any) -> dict[str, dict[Any, float | None]]:
-        return cells_of([row for row in rows if wanted.items() <= row.items()], measure)
-
     lines = ["| turned down | likeness kept | alignment gained, points |", "|---|---:|---:|"]
     for method, name in (("lora", "LoRA"), ("atoms", "atoms")):
+        own = [row for row in rows if row["method"] == method]
+        full = [row for row in own if row["knob"] == "full"]
         for way, wanted in ways.items():
-            if not cells("similarity", method=method, **wanted):
-                continue
-            turned, full = {"method": method, **wanted}, {"method": method, "knob": "full"}
-            kept = ratio(cells("similarity", **turned), cells("similarity", **full))
-            gained = difference(cells("alignment", **turned), cells("alignment", **full))
-            shares = f"{kept.mean:.0%} ({kept.low:.0%} to {kept.high:.0%})"
-            points = f"{100 * gained.mean:+.1f} ({100 * gained.low:+.1f} to {100 * gained.high:+.1f})"
-            lines.append(f"| {name}, {way} | {shares} | {points} |")
+            turned = [row for row in own if wanted.items() <= row.items()]
+            if turned:
+                lines.append(f"| {name}, {way} | {' | '.join(gain(turned, full, 'similarity', 'alignment'))} |")
+    return with_command(lines, command)
+
+
+def gain(turned: list[dict[str, Any]], full: list[dict[str, Any]], likeness: str, alignment: str) -> tuple[str, str]:
+    """The share of likeness that is kept, and the points of alignment that are gained, paired over subjects."""
+    kept = ratio(cells_of(turned, likeness), cells_of(full, likeness))
+    gained = difference(cells_of(turned, alignment), cells_of(full, alignment))
+    return (
+        f"{kept.mean:.0%} ({kept.low:.0%} to {kept.high:.0%})",
+        f"{100 * gained.mean:+.1f} ({100 * gained.low:+.1f} to {100 * gained.high:+.1f})",
+    )
+
+
+def edits_table() -> str:
+    """What `atomtune edit` paints at each point of its sweep, against all atoms at full strength."""
+    rows, command = rows_of("edits")
+    points: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        dials = ", ".join(f"{n} {row[n]:g}" for n, at in OFF.items() if row[n] != at) or "all atoms"
+        name = dials if row["recipe"] == "default" else f"{row['recipe']}: {dials}"
+        points[name] = {n: row[n] for n in ("recipe", *OFF)}
+    points["as suggested"] = {"recipe": "default", "suggested": True}
+    full = [row for row in rows if points["all atoms"].items() <= row.items()]
+    lines = [
+        "| point | similarity | alignment | distance to the truth | likeness kept | alignment gained, points |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for name, wanted in points.items():
+        own = [row for row in rows if wanted.items() <= row.items()]
+        means = (interval(cells_of(own, f"exact_{m}")).mean for m in ("similarity", "alignment", "true_distance"))
+        similarity, alignment, distance = means
+        both = gain(own, full, "exact_similarity", "exact_alignment")
+        lines.append(f"| {name} | {similarity:.3f} | {alignment:.1%} | {distance:.4f} | {' | '.join(both)} |")
     return with_command(lines, command)
 
 
@@ -295,7 +323,13 @@ TABLES = {
         "kept": kept_table,
     },
     "docs/backbones.md": {"backbones": backbones_table},
-    "docs/method.md": {"mixing": mixing_table, "editing": editing_table, "plain": plain_table, "gains": gains_table},
+    "docs/method.md": {
+        "mixing": mixing_table,
+        "editing": editing_table,
+        "plain": plain_table,
+        "gains": gains_table,
+        "edits": edits_table,
+    },
     "docs/scale.md": {"measured": scale_measured, "projected": scale_projected, "many": many_table},
     "docs/training.md": {"memory": memory_table, "reliability": reliability_table},
 }

@@ -19,7 +19,7 @@ from atomtune.backbones import backbone_of, denoiser
 from atomtune.errors import UserError
 from atomtune.own_words import UNTIL
 from atomtune.own_words import own_words as reading_own_words
-from atomtune.steering import Steer, steered
+from atomtune.steering import Steer, steered, unheard
 from atomtune.tuner.mixture import is_mixture, saved_parts
 
 Steering = Sequence[Steer] | Mapping[str, Sequence[Steer]]
@@ -151,7 +151,8 @@ class Adapter:
 
     def shut(self, prompts: Sequence[str]) -> list[str]:
         """The prompts for which its gate is shut: their pictures are the base's, bit for bit."""
-        given = backbone_of(self.pipe).encode_prompts(self.pipe, list(prompts))
+        with unheard(self.pipe):
+            given = backbone_of(self.pipe).encode_prompts(self.pipe, list(prompts))
         gate = tuner.read_gates(denoiser(self.pipe), given).get(self.name, torch.ones(()))
         rows = gate.expand(len(prompts), *gate.shape[1:])
         return [prompt for prompt, row in zip(prompts, rows, strict=True) if not row.any()]

@@ -397,7 +397,7 @@ def contained(model: Any, floors: Mapping[str, Float[Tensor, " atoms"]], adapter
     finally:
         for site, old in before.items():
             if old is None:
-                del layers[site].floors[adapter]
+                layers[site].floors.pop(adapter, None)
             else:
                 layers[site].floors[adapter] = old
 

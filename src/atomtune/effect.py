@@ -52,9 +52,12 @@ def effects(
             for name, region in (("effect", on), ("effect_beside", 1 - on)):
                 probe = torch.randn(predicted.shape, generator=generator).to(predicted) * region.sqrt()
                 last = name == "effect_beside"
-                slopes = torch.autograd.grad((predicted * probe).sum(), list(atoms.values()), retain_graph=not last)
+                slopes = torch.autograd.grad(
+                    (predicted * probe).sum(), list(atoms.values()), retain_graph=not last, allow_unused=True
+                )
                 for (site, d), slope in zip(atoms.items(), slopes, strict=True):
-                    squares[name][site] += (slope * d.detach()).sum(1).float().cpu().square()
+                    if slope is not None:  # of a site whose output the model throws away
+                        squares[name][site] += (slope * d.detach()).sum(1).float().cpu().square()
                 areas[name] += float(region.expand_as(predicted).sum())
     return {site: {name: (squares[name][site] / max(areas[name], 1.0)).sqrt() for name in squares} for site in atoms}
 
@@ -64,7 +67,7 @@ def _passes(pictures: int, times: Sequence[float]) -> Iterator[tuple[int, float]
     rounds = -(-PASSES // len(times))
     for turn in range(rounds):
         for time in times:
-            yield turn * max(1, pictures // rounds) % pictures, time
+            yield (turn * pictures // rounds if pictures > rounds else turn % pictures), time
 
 
 @contextmanager

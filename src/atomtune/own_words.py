@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,14 +18,11 @@ from torch import Tensor, nn
 from atomtune.backbones import backbone_of, denoiser, named, placed, select, spelling
 from atomtune.backbones.base import Conditioning, Layout
 from atomtune.errors import UserError, did_you_mean
-from atomtune.steering import listening
+from atomtune.steering import READING, listening
 from atomtune.tuner import assigned, atom_layers, record, unwrap
 
 UNTIL = 0.3
 """Until which time own words hold, where nothing is said: later only the look of a thing changes (LOG.md)."""
-
-_READING: ContextVar[bool] = ContextVar("reading", default=False)
-"""Whether this forward is one that only reads codes."""
 
 
 @contextmanager
@@ -59,7 +55,7 @@ def own_words(pipe: Any, instead: Mapping[str, str], adapter: str = "default", u
         conditioning.update(backbone.encode_prompts(pipe, [reworded(prompt, instead) for prompt in prompts]))
 
     def before_forward(_: nn.Module, args: Any, given: dict[str, Any]) -> None:
-        if _READING.get():
+        if READING.get():
             return
         told = named(base, args, given)
         heard = backbone.heard(base, told)
@@ -72,12 +68,12 @@ def own_words(pipe: Any, instead: Mapping[str, str], adapter: str = "default", u
         if (at < 0).all() or all(layer.disable_adapters for layer in layers.values()):
             return
         own = _told(told, select(conditioning, at.clamp(min=0)))
-        token = _READING.set(True)
+        token = READING.set(True)
         try:
             with record(model, adapter) as seen, assigned(model, [adapter] * len(at)):
                 model(**own)
         finally:
-            _READING.reset(token)
+            READING.reset(token)
         read = backbone.heard(base, own).conditioning
         for path, codes in seen.codes.items():
             values, there = placed(backbone, path, codes[-1], read, heard.grid)

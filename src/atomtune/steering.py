@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,9 @@ from atomtune.backbones import Backbone, Embeds, Heard, backbone_of, denoiser, n
 from atomtune.data.picture import mask_shares
 from atomtune.errors import UserError
 from atomtune.tuner import atom_layers, unwrap
+
+READING: ContextVar[bool] = ContextVar("reading", default=False)
+"""Whether this forward is one that only reads codes, of words that no prompt says."""
 
 
 @dataclass(frozen=True)
@@ -170,12 +174,23 @@ def _listening(pipe: Any, backbone: Backbone, words: set[str]) -> Iterator[Calla
 
 
 @contextmanager
+def unheard(pipe: Any) -> Iterator[None]:
+    """Inside, prompts that the pipeline encodes are those of no picture."""
+    outermost = vars(pipe).pop("encode_prompt", None)
+    try:
+        yield
+    finally:
+        if outermost is not None:
+            pipe.encode_prompt = outermost
+
+
+@contextmanager
 def listening(pipe: Any, hear: Callable[[list[str]], None]) -> Iterator[Callable[[Embeds, str], list[int]]]:
     """Inside, `hear` gets the prompts of each call of the pipeline. Gives which of them each row of embeddings is.
 
     A denoiser gets embeddings only: by them a row is known; the branch without words is -1. Negative prompts are not
     heard: a family that encodes them by themselves does so after the prompts and before any forward. What `hear` itself
-    lets the pipeline encode is heard by nobody. `field` is what an error names.
+    lets the pipeline encode is heard by nobody, as is what `unheard` covers. `field` is what an error names.
     """
     encode, around = pipe.encode_prompt, vars(pipe).get("encode_prompt")
     said: list[str] = []
@@ -191,12 +206,8 @@ def listening(pipe: Any, hear: Callable[[list[str]], None]) -> Iterator[Callable
         if prompts and (used or not known):
             said, used = [], False
             known.clear()
-            outermost = vars(pipe).pop("encode_prompt", None)
-            try:
+            with unheard(pipe):
                 hear(prompts)
-            finally:
-                if outermost is not None:
-                    pipe.encode_prompt = outermost
             said = prompts
         if prompts and prompts == said:
             known[found[0][0].shape[-1]] = found[0]
@@ -204,11 +215,13 @@ def listening(pipe: Any, hear: Callable[[list[str]], None]) -> Iterator[Callable
 
     def which(embeds: Embeds, field: str) -> list[int]:
         nonlocal used
-        used = True
+        first, used = not used and not READING.get(), used or not READING.get()
         spoken = known.get(embeds[0].shape[-1])
         if spoken is None:
             raise UserError(f"`{field}` needs the prompt's text: let the pipeline encode it inside.")
-        rows = (next((n for n, prompt in enumerate(spoken) if torch.equal(one, prompt)), -1) for one in embeds)
+        rows = [next((n for n, prompt in enumerate(spoken) if torch.equal(one, prompt)), -1) for one in embeds]
+        if first and max(rows) < 0:
+            raise UserError(f"`{field}` heard {said} last, of which no picture was painted. Paint again.")
         return [row * len(said) // len(spoken) for row in rows]
 
     pipe.encode_prompt = listen

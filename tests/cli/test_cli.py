@@ -19,8 +19,8 @@ from PIL import Image
 
 import atomtune
 from atomtune.cli import COMMANDS, FILES, main
-from atomtune.cli.common import counted
-from atomtune.training import checkpoints
+from atomtune.cli.common import counted, open_base_of
+from atomtune.training import base, checkpoints
 from atomtune.training.run import Run
 
 Train = Callable[..., int]
@@ -224,6 +224,21 @@ def json_base(folder: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------- stopped on the way
+
+
+def test_a_base_is_opened_as_its_run_had_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(base, "open_base", lambda *given, **more: opened.append((*given, more["quantized"])))
+    (tmp_path / "config.toml").write_text('dtype = "bfloat16"\nquantize = "nf4"\n')
+    open_base_of(tmp_path, "embedded", "cpu")
+    open_base_of(tmp_path, "embedded", "cpu", "float16")
+    (tmp_path / "config.toml").write_text("half")
+    open_base_of(tmp_path, "embedded", "cpu")
+    assert opened == [
+        ("embedded", "bfloat16", "cpu", "nf4"),
+        ("embedded", "float16", "cpu", None),
+        ("embedded", "float32", "cpu", None),
+    ]
 
 
 def test_ctrl_c_exits_130_and_resume_goes_on(

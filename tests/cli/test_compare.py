@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from atomtune.cli import main
-from atomtune.compare import measure
+from atomtune.compare import measure, tasks
 from atomtune.compare.cells import Cell
-from atomtune.compare.grid import Grid, best_rates
+from atomtune.compare.grid import Grid, best_rates, write_report
 from atomtune.compare.methods import METHODS
 
 QUICK = ["--set", "steps=1", "unrelated_pictures=2", "--sampler", "1", "--seeds", "0", "--sizes", "4"]
@@ -77,6 +77,22 @@ def test_editing_turns_every_knob(tmp_path: Path) -> None:
     assert len(keys) == len(set(keys))
 
 
+def test_a_quarter_of_the_asks_of_a_subject_or_a_style_come_first_in_pairs() -> None:
+    for task, asks_of in (("customization", tasks.subject_asks), ("style", tasks.style_asks)):
+        for subject in tasks.TASKS[task].subjects:
+            kinds = [ask.kind for ask in asks_of(subject)]
+            assert kinds[:6] == ["pair"] * 6
+            assert "pair" not in kinds[6:]
+
+
+def test_a_report_without_the_bases_of_all_is_written_still(tmp_path: Path) -> None:
+    row = {"task": "style", "knob": "full", "knob_value": 1.0, "similarity": 0.5, "alignment": 1.0, "drift": 0.1}
+    rows = [row | {"method": m, "subject": s, "seed": 0, "size": 4} for m in ("lora", "base") for s in ("a", "b")]
+    rows[-1] = {"task": "style", "method": "base", "subject": "b", "seed": 0, "error": "killed"}
+    text = write_report(rows, "style", tmp_path, "style", "c").read_text()
+    assert "hypervolume" in text
+
+
 def test_two_adapters_taught_apart_share_a_picture(tmp_path: Path) -> None:
     rows = measure.work(cell("mixing", "atoms", "dog face x pixelated"), tmp_path)
     turned = {(knob.name, knob.value, True) for knob in measure.TOGETHER} | {("full", 1.0, False)}
@@ -91,6 +107,7 @@ def test_two_adapters_taught_apart_share_a_picture(tmp_path: Path) -> None:
         (["--methods", "lorra"], "Did you mean `lora`"),
         (["--subjects", "pinapple"], "Did you mean `pineapple`"),
         (["--set", "stebs=3"], "Did you mean `steps`"),
+        (["--task", "both", "--methods", "dora"], "`methods` of both must have parts that add up, got dora"),
         (["--processes", "0"], "`processes` must be at least 1"),
     ],
 )

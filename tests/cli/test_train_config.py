@@ -33,6 +33,18 @@ def test_options_of_the_command_line_win(tmp_path: Path) -> None:
     assert found.options.sites == ("c",)
 
 
+def test_a_resumed_run_is_that_of_its_data_where_no_folder_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/dogs").mkdir(parents=True)
+    (tmp_path / "runs/dogs/config.toml").write_text('data = "dogs"\ndtype = "bfloat16"\n')
+    assert read("--data", "dogs", "--resume").dtype == "bfloat16"
+    assert read("--data", "dogs").dtype == "float32"
+    assert main(["train", "--data", "dogs", "--resume=true"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

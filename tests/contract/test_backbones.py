@@ -32,6 +32,7 @@ from atomtune.backbones import (
     token_texts,
     word_tokens,
 )
+from atomtune.backbones.base import denoiser_name
 from atomtune.errors import UserError
 from atomtune.steering import Steer
 from atomtune.training.options import TrainOptions
@@ -354,6 +355,12 @@ def test_a_base_in_half_precision_predicts_the_same(pipe: Any, backbone: Backbon
     found = backbone.predict(half, noised, s, told)
     assert noised.dtype == target.dtype == found.dtype == torch.bfloat16
     assert (found - whole).abs().mean() < 0.1 * whole.abs().mean()
+
+
+def test_latents_have_the_denoisers_precision(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The autoencoder is often kept in float32."""
+    monkeypatch.setattr(pipe, denoiser_name(pipe), copy.deepcopy(denoiser(pipe)).bfloat16())
+    assert backbone_of(pipe).encode_pictures(pipe, torch.zeros(1, 3, 64, 64)).dtype == torch.bfloat16
 
 
 def cast(value: Any) -> Any:

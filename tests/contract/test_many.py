@@ -111,6 +111,9 @@ def test_stopped_together_they_go_on(
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     train_many(pipe, jobs, resume=True, progress=False)
     assert written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    (tmp_path / "zyx").rename(tmp_path / ".zyx.previous")  # killed while the finished adapter took its place
+    train_many(pipe, jobs, resume=True, progress=False)
+    assert written == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
 
 
 def test_an_adapter_of_the_user_stays(root: Path, bases: dict[str, Path], tmp_path: Path) -> None:

@@ -132,6 +132,19 @@ def test_it_stands_beside_steers_strengths_and_recordings(adapter: Adapter) -> N
         assert not torch.equal(torch.stack(paint()), steered)
 
 
+def test_prompts_of_no_picture_are_not_taken_for_the_next_ones(adapter: Adapter) -> None:
+    paint = functools.partial(atomtune.generate, adapter.pipe, PROMPTS[:1], steps=1, output_type="latent")
+    with adapter.using(own_words={"kite": "horse"}):
+        wanted = paint()[0]
+    with adapter.using(own_words={"kite": "horse"}):
+        adapter.shut(["a house"])
+        assert torch.equal(paint()[0], wanted)
+        backbone_of(adapter.pipe).encode_prompts(adapter.pipe, ["another kite"])
+        with pytest.raises(UserError, match=r"`own_words` heard \['another kite'\] last, of which no picture"):
+            paint()
+        assert torch.equal(paint()[0], wanted)
+
+
 def test_a_mixtures_parts_read_words_of_their_own(adapter: Adapter) -> None:
     adapt(adapter.pipe, backbone_of(adapter.pipe).sites, "second")
     parts = {"default": adapter, "second": Adapter(adapter.pipe, adapter.statistics, "second")}

@@ -77,6 +77,12 @@ def test_a_shards_pictures_are_those_of_a_folder(tmp_path: Path) -> None:
     assert dataclasses.replace(packed_sample, path=plain.path) == plain
 
 
+def test_a_folders_metadata_in_a_shard_is_told(tmp_path: Path) -> None:
+    found = scan(shard(tmp_path / "s.tar", a_png=png(1), a_txt="one", metadata_jsonl='{"file_name": "a.png"}'))
+    assert [sample.caption for sample in found.samples] == ["one"]
+    assert found.by_reason()["caption file not used"] == ["s.tar/metadata.jsonl"]
+
+
 def test_a_shard_that_is_not_whole_or_not_plain_is_told(tmp_path: Path) -> None:
     path = shard(tmp_path / "s.tar", a_png=png(1, (400, 400)), a_txt="one", b_png=png(2), b_txt="x")
     path.write_bytes(path.read_bytes()[:700])

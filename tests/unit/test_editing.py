@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from pipelines import random_atoms
 
 import atomtune
@@ -315,6 +315,17 @@ def test_mistakes_are_told_before_anything_is_written(
         (
             lambda: edit(shared, picture, SOURCE, PROMPTS, tmp_path / "x", mask=picture),
             "`mask` must be a picture of mode L or 1, got RGB",
+        ),
+        (
+            lambda: edit(
+                shared,
+                picture.resize((300, 64)),
+                SOURCE,
+                PROMPTS,
+                tmp_path / "x",
+                mask=ImageOps.expand(Image.new("L", (20, 64), 255), (0, 0, 280, 0)),
+            ),
+            "`mask` must be white somewhere in the picture's middle square",
         ),
         (lambda: EditOptions(purity=()), "`purity` must have at least one value"),
         (lambda: EditOptions(looks=-1), "`looks` must be 0 or more"),

@@ -1,5 +1,6 @@
 """The effect of an atom, against differences of whole predictions."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,6 +59,29 @@ def test_it_is_the_change_of_the_prediction(pipe: Any, monkeypatch: pytest.Monke
         assert torch.allclose(mine, true, rtol=0.35), name
         assert torch.corrcoef(torch.stack([mine, true]))[0, 1] > 0.97
         assert (mine.view(-1, 3)[:, 2] == 0).all()  # what never fires has no effect
+
+
+def test_a_site_whose_output_is_thrown_away_has_no_effect(pipes: dict[str, Any]) -> None:
+    """The last block of Qwen-Image makes words that nothing reads."""
+    pipe = pipes["qwen_image"]
+    last = len(pipe.transformer.transformer_blocks) - 1
+    sites = [f"transformer_blocks.{last}.attn.to_q", f"transformer_blocks.{last}.attn.to_add_out"]
+    with random_atoms(pipe, n_atoms=3, target_modules=sites, threshold=0.0):
+        backbone = backbone_of(pipe)
+        latents = backbone.encode_pictures(pipe, torch.zeros(1, 3, 64, 64))
+        rows, columns = backbone.grid(pipe.transformer, latents)
+        given = backbone.encode_prompts(pipe, PROMPTS[:1])
+        found = effects(pipe.transformer, backbone, latents, given, torch.ones(1, rows * columns), times=(0.5,))
+    assert found[sites[0]]["effect"].any()
+    assert not found[sites[1]]["effect"].any()
+
+
+@pytest.mark.parametrize("pictures", [1, 3, 8, 12, 20, 100])
+def test_many_pictures_lie_evenly(pictures: int) -> None:
+    rows = sorted({row for row, _ in effect._passes(pictures, (0.1, 0.3, 0.5, 0.7, 0.9))})
+    assert len(rows) == min(8, pictures)
+    gaps = [b - a for a, b in itertools.pairwise([*rows, pictures])]
+    assert max(gaps) - min(gaps) <= 1
 
 
 def test_the_adapter_is_left_as_it_was(pipe: Any) -> None:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_runs import at_step, log, press_ctrl_c, same, tensors
 
 from atomtune.backbones import base_name
+from atomtune.data.folder import Scan
 from atomtune.errors import UserError
 from atomtune.training import run_folder
 from atomtune.training.options import TrainOptions
@@ -44,6 +46,43 @@ def test_changed_data_is_noticed_by_a_resumed_run(
     run = go(data=data, steps=2, resume=True, allow_changed_data=True)
     assert "warning: data has changed since the run began: 1.png (changed)" in capsys.readouterr().err
     assert len(log(run)) == 2
+
+
+def test_other_repeats_and_unrelated_prompts_are_changed_data(
+    go: Go, kites: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, prompts = tmp_path / "data", tmp_path / "prompts.txt"
+    shutil.copytree(kites, data)
+    prompts.write_text("\n".join(f"a house with {n} doors" for n in range(12)))
+    with monkeypatch.context() as patch:
+        at_step(patch, {1}, press_ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            go(data=data, steps=2, unrelated=prompts)
+    (data / "metadata.jsonl").write_text('{"file_name": "0.png", "repeats": 3}\n')
+    with pytest.raises(UserError, match=r"0\.png \(changed\)"):
+        go(data=data, steps=2, resume=True)
+    (data / "metadata.jsonl").unlink()
+    prompts.write_text("\n".join(f"a tree with {n} leaves" for n in range(12)))
+    with pytest.raises(UserError, match=r"unrelated pictures and prompts \(changed\)"):
+        go(data=data, steps=2, resume=True)
+
+
+def test_of_two_runs_in_one_folder_the_second_changes_nothing(go: Go) -> None:
+    """Both found it free, and prepared; one has claimed it since."""
+    run = go(steps=2)
+    before = (run / "options.json").read_text()
+    with (
+        pytest.raises(UserError, match="`out` exists and is not empty"),
+        run_folder.claimed(run, TrainOptions(seed=9), {}, Scan((), ()), ""),
+    ):
+        pass
+    with (
+        run_folder.held(run),
+        pytest.raises(UserError, match="is being trained by"),
+        run_folder.claimed(run, TrainOptions(seed=9), {}, Scan((), ()), ""),
+    ):
+        pass
+    assert (run / "options.json").read_text() == before
 
 
 def test_a_run_that_died_before_its_claim_is_started_again(tmp_path: Path) -> None:
@@ -138,7 +177,9 @@ def test_a_run_says_what_it_is_without_its_base(go: Go, pipe: Any, kites: Path) 
     assert held["atomtune_version"] == version("atomtune")
     assert "| concept | kite |" in (run / "README.md").read_text()
     assert tomllib.loads((run / "config.toml").read_text())["concept"] == "kite"
-    captions = {entry["caption"] for entry in json.loads((run / "data.json").read_text()).values()}
+    learned = json.loads((run / "data.json").read_text())
+    assert learned.pop("unrelated pictures and prompts")
+    captions = {entry["caption"] for entry in learned.values()}
     assert captions == {path.read_text() for path in kites.glob("*.txt")}
 
 
@@ -172,7 +213,7 @@ def test_a_run_that_is_being_trained_is_left_alone_and_a_dead_one_is_recognised(
 def test_a_slow_step_is_told_once() -> None:
     """Complaint 43: memory spills, and 45 minutes become 56 hours."""
     told: list[str] = []
-    pace = Pace(told.append)
+    pace = Pace(told.append, torch.device("cpu"))
     for step in range(1, 10):
         pace.took(step, 1.0 if step > 1 else 30.0)  # the first steps are always slow
     pace.took(10, 1.0)

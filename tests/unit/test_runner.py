@@ -1,6 +1,6 @@
 import contextlib
-import errno
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -518,10 +518,12 @@ def test_a_result_keeps_what_a_grid_does_not_have(tmp_path: Path) -> None:
     assert result["cells"].keys() == {good.cell.key, mended.cell.key}
     assert result["seconds"] == 2.0
     again = others(path, [mended.cell], settings)
-    assert again is not None and {row["subject"] for row in again.rows} == {"kite"}
+    assert again is not None
+    assert {row["subject"] for row in again.rows} == {"kite"}
     other_size = dataclasses.replace(mended.cell, config={"size": 8})
     again = others(path, [other_size], settings)
-    assert again is not None and len(again.rows) == 3
+    assert again is not None
+    assert len(again.rows) == 3
     with pytest.raises(UserError, match="`add` needs a result with settings"):
         others(path, [bad.cell], settings | {"set": {}})
 

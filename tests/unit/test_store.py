@@ -513,6 +513,14 @@ def test_an_adapter_trained_on_a_half_precision_load(tmp_path: Path) -> None:
         load(net(seed=1), tmp_path / "half")
 
 
+def test_an_adapter_on_a_half_precision_load(tmp_path: Path) -> None:
+    """Trained in float32, used in float16: the usual way of older families."""
+    save(adapted(), tmp_path / "whole")
+    load(net().half(), tmp_path / "whole")
+    with pytest.raises(UserError, match="another base"):
+        load(net(seed=1).half(), tmp_path / "whole")
+
+
 def test_a_base_that_cannot_be_checked(folder: Path) -> None:
     offloaded = net()
     offloaded.layers[1]["up"].weight = nn.Parameter(torch.zeros(8, 6, dtype=torch.int8), requires_grad=False)

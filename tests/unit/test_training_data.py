@@ -286,9 +286,14 @@ def test_own_pictures_may_stand_instead_of_painted_ones(
     Image.new("RGB", (64, 64), (1, 200, 3)).save(toys / "a.png")
     (toys / "a.txt").write_text("a green toy")
     material = ready(unrelated_data=toys, unrelated_pictures=0)
+    assert material.of_class.all(), "it says the class noun"
     pixels = to_tensor(open_picture(toys / "a.png"))[None]
     assert material.unrelated_captions == ("a green toy",)
     assert torch.equal(material.unrelated_latents, backbone_of(pipe).encode_pictures(pipe, pixels))
+    before = material.beside
+    (toys / "a.txt").write_text("a green thing")
+    assert not ready(unrelated_data=toys, unrelated_pictures=0).of_class.any()
+    assert ready(unrelated_data=toys, unrelated_pictures=0).beside != before
     (toys / "a.txt").write_text("a green kite")
     with pytest.raises(UserError, match="`unrelated_data` must not name the concept, but 1 of 1 captions do"):
         ready(unrelated_data=toys)
@@ -451,6 +456,8 @@ def test_masked_loss_weighs_the_subject(pipe: Any, ready: Callable[..., Material
     assert torch.allclose(masked, by_hand)
     assert not torch.allclose(masked, plain)
     assert torch.allclose(objective.error(predicted, found.target[:2], torch.ones(2, 1, 8, 8)), plain)
+    assert material.weights is not None
+    assert torch.equal(material.weights, material.buckets[0].weights[0])  # type: ignore[index]
     part = ready(mask_loss=0.25).buckets[0].weights
     assert part is not None
     assert part.min() == pytest.approx(0.75, abs=0.01)

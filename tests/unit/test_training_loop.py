@@ -16,6 +16,7 @@ from accelerate import PartialState
 from tiny_runs import OPTIONS, at_step, log, press_ctrl_c, pull_the_plug, same, tensors
 from torch import Tensor
 
+from atomtune.adapter import load
 from atomtune.errors import UserError
 from atomtune.training import checkpoints
 from atomtune.training import run as running
@@ -105,8 +106,35 @@ def test_a_truncated_checkpoint_is_passed_over(go: Callable[..., Path], monkeypa
         path.write_bytes(path.read_bytes()[:-20])
     assert checkpoints.newest(run)[0] == 2  # type: ignore[index]
     go("broken", resume=True)
+    left = {path.name for path in (run / "checkpoints").iterdir()}
+    assert left == {"step-000002", "step-000004", "step-000006"}, "no damaged one of a later step"
     assert log(run) == log(through)
     assert same(tensors(run), tensors(through))
+
+
+def test_batch_topk_chooses_among_a_batch_in_training_alone(go: Callable[..., Path], pipe: Any) -> None:
+    run = go(sparsifier="batch_topk", k=1, checkpoint_every=100, validate_every=2)
+    adapter = load(pipe, run)
+    for layer in atom_layers(pipe).values():
+        sparsifier: Any = layer.dictionary("default").sparsifier
+        assert sparsifier.threshold > 0
+        assert sparsifier.batches > 0
+        assert not sparsifier.training
+    adapter.remove()
+    assert log(run)[-1]["l0"] < 1.5
+
+
+def test_a_run_that_goes_on_in_other_processes_says_so(
+    go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    with monkeypatch.context() as patch:
+        at_step(patch, {3}, press_ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            go()
+    restored = Run._set_state
+    monkeypatch.setattr(Run, "_set_state", lambda self, state: restored(self, state | {"processes.": torch.tensor(2)}))
+    go(resume=True)
+    assert "warning: the run was trained by 2 processes, and now by 1" in capsys.readouterr().err
 
 
 def test_a_finished_run_resumes_to_itself(go: Callable[..., Path]) -> None:

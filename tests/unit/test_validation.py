@@ -1,5 +1,6 @@
 """Held-out pictures, the best step and the last, early stop, samples, trackers, the hub, quantized bases."""
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable
@@ -52,6 +53,31 @@ def test_validation_is_the_same_whenever_it_is_asked(shared: Any, material: Any)
     assert first["validation_drift"] == 0, "the base does not drift from itself"
     assert first["validation_score"] == first["validation_loss"] > 0
     assert validation.validate(shared.transformer, backbone_of(shared), material, 1) != first
+
+
+def test_drift_is_measured_far_from_the_class_and_loss_where_the_task_counts(shared: Any, material: Any) -> None:
+    many = dataclasses.replace(
+        material,
+        of_class=torch.tensor([True] * 8 + [False] * 24),
+        unrelated_latents=material.unrelated_latents[:1].repeat(32, 1, 1, 1),
+    )
+    rows = validation._far(many).tolist()
+    assert len(rows) == 8
+    assert (rows[0], rows[-1]) == (8, 31)
+    assert validation._far(dataclasses.replace(many, of_class=torch.ones(3, dtype=torch.bool))).tolist() == [0, 1, 2]
+    model, backbone = shared.transformer, backbone_of(shared)
+    left = torch.zeros(len(material.latents), 1, *material.latents.shape[2:])
+    left[..., :4] = 1
+    spoilt = material.latents.clone()
+    spoilt[..., 4:] = 50
+    whole, masked = (
+        validation.validate(model, backbone, dataclasses.replace(material, latents=spoilt, weights=w), 0)
+        for w in (None, left)
+    )
+    assert masked["validation_loss"] < whole["validation_loss"] / 2
+    learned, _ = validation.split(dataclasses.replace(material, weights=left), 1, seed=0)
+    assert learned.weights is not None
+    assert len(learned.weights) == 2
 
 
 def test_prompts_of_the_bases_pictures_are_those_that_are_encoded(shared: Any, material: Any) -> None:

@@ -94,7 +94,13 @@ def backbone_of(pipe: Any) -> Backbone:
         known = ", ".join(BACKBONES)
         raise UserError(f"`base` must be a pipeline of a known family ({known}), got {name}.")
     found = BACKBONES[name]
-    return dataclasses.replace(found, **found.settings(pipe))
+
+    def encode_pictures(pipe: Any, pixels: Any) -> Any:
+        # The autoencoder may have another precision than the denoiser.
+        model: Any = denoiser(pipe)
+        return found.encode_pictures(pipe, pixels).to(model.dtype)
+
+    return dataclasses.replace(found, **found.settings(pipe), encode_pictures=encode_pictures)
 
 
 def call_arguments(pipe: Any, prompts: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:

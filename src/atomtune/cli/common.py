@@ -22,16 +22,39 @@ def device_of(name: str | None) -> str | None:
     return name
 
 
-def open_adapter(folder: Path, base: str | None, allow_other_base: bool, device: str | None = None) -> Any:
+def open_adapter(
+    folder: Path, base: str | None, allow_other_base: bool, device: str | None = None, dtype: str | None = None
+) -> Any:
     """The adapter in a folder, attached to its base (or to another, where that is allowed)."""
     import atomtune
+
+    pipe = open_base_of(folder, base, device, dtype)
+    return atomtune.load(pipe, folder, allow_other_base=allow_other_base)
+
+
+def open_base_of(folder: Path, base: str | None, device: str | None = None, dtype: str | None = None) -> Any:
+    """The base that an adapter names, or another; where no precision is given, in that of the run in the folder."""
     from atomtune.adapter import base_of
+    from atomtune.training.base import open_base
 
     named = base or base_of(folder)
     if named is None:
         raise UserError(f"{folder} does not name its base. Give it with --base.")
-    pipe = atomtune.open_pipeline(named, device=device_of(device))
-    return atomtune.load(pipe, folder, allow_other_base=allow_other_base)
+    asked = {"dtype": dtype} if dtype else _precision(folder)
+    return open_base(named, asked.get("dtype", "float32"), device_of(device), quantized=asked.get("quantize"))
+
+
+def _precision(folder: Path) -> dict[str, str]:
+    """What a run's config says of its base's precision; nothing where there is no run."""
+    import tomllib
+
+    from atomtune.training import config
+
+    try:
+        said = tomllib.loads((folder / config.FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {name: said[name] for name in ("dtype", "quantize") if isinstance(said.get(name), str)}
 
 
 def parse_numbers(field: str, like: str, pairs: tuple[str, ...]) -> dict[str, float]:

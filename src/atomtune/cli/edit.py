@@ -37,6 +37,8 @@ class Command:
     """Print JSON, every edit."""
     base: str = "embedded"
     """A diffusers pipeline folder or hub id; "embedded" is the small model that ships with atomtune."""
+    dtype: str = "float32"
+    """Precision of the base: float32, bfloat16 or float16."""
     device: str | None = None
     """Where to run, such as cuda. None: cuda where there is one, else cpu."""
     options: Annotated[EditOptions, tyro.conf.arg(name="")] = field(default_factory=EditOptions)
@@ -51,7 +53,7 @@ class Command:
         from atomtune.explore.strips import marked, save_edits
         from atomtune.measure.edits import ALIGNMENT, LIKENESS
 
-        pipe = atomtune.open_pipeline(self.base, device=device_of(self.device))
+        pipe = atomtune.open_pipeline(self.base, self.dtype, device_of(self.device))
         done = atomtune.edit(
             pipe,
             self.picture,

@@ -34,6 +34,8 @@ class Command:
     """Base pipeline. None: the one that the adapter names."""
     allow_other_base: bool = False
     """Load onto a base that is not the adapter's."""
+    dtype: str | None = None
+    """Precision of the base: float32, bfloat16 or float16. None: as the run had it, quantized too, or float32."""
     device: str | None = None
     """Where to run, such as cuda. None: cuda where there is one, else cpu."""
 
@@ -44,7 +46,7 @@ class Command:
 
         if self.out.exists():
             raise UserError(f"`out` must not exist yet: {self.out}. Choose another folder.")
-        adapter = open_adapter(self.adapter, self.base, self.allow_other_base, self.device)
+        adapter = open_adapter(self.adapter, self.base, self.allow_other_base, self.device, self.dtype)
         said = learned(self.data, self.adapter) if self.data else ()
         prompts = [*self.prompt, *said] or captions(adapter, self.adapter)
         done = export_lora(

@@ -60,6 +60,8 @@ class Command:
     """Base pipeline. None: the one that the adapter names."""
     allow_other_base: bool = False
     """Load onto a base that is not the adapter's."""
+    dtype: str | None = None
+    """Precision of the base: float32, bfloat16 or float16. None: as the run had it, quantized too, or float32."""
     device: str | None = None
     """Where to run, such as cuda. None: cuda where there is one, else cpu."""
 
@@ -70,7 +72,7 @@ class Command:
         from atomtune.sampling import save_pictures
 
         dials = self._dials() | {"own_words": self._own_words(), "own_until": self.own_until}
-        adapter = open_adapter(self.adapter, self.base, self.allow_other_base, self.device)
+        adapter = open_adapter(self.adapter, self.base, self.allow_other_base, self.device, self.dtype)
         for atom, value in find_each(adapter.atoms.ranked, parse_numbers("atom", "L17[137]=0.5", self.atom)).items():
             print(f"{atom.title} at {value:g}", file=sys.stderr)
         dials |= {"purity": self.purity, "contain": self.contain, "beside": self.beside}

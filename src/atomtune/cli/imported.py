@@ -31,6 +31,8 @@ class Command:
     """Steps of the sampler. None: the pipeline's default."""
     seed: int = 0
     """Seed of the pictures' noise."""
+    dtype: str = "float32"
+    """Precision of the base: float32, bfloat16 or float16."""
     device: str | None = None
     """Where to run, such as cuda. None: cuda where there is one, else cpu."""
 
@@ -44,7 +46,7 @@ class Command:
         if self.out.exists():
             raise UserError(f"`out` must not exist yet: {self.out}. Choose another folder.")
         lora_file(self.adapter)
-        pipe = atomtune.open_pipeline(self.base, device=device_of(self.device))
+        pipe = atomtune.open_pipeline(self.base, self.dtype, device_of(self.device))
         adapter, lost = import_lora(pipe, self.adapter, self.prompt, exact=self.exact, seed=self.seed, steps=self.steps)
         adapter.save(self.out, {"LoRA": self.adapter.name, "energy lost": f"{lost:.2%}"})
         print(self.out)

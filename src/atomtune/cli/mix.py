@@ -34,12 +34,12 @@ class Command:
     """Base pipeline. None: the one that the first adapter names."""
     allow_other_base: bool = False
     """Load onto a base that is not the adapters'."""
+    dtype: str | None = None
+    """Precision of the base: float32, bfloat16 or float16. None: as the first run had it, quantized too, or float32."""
 
     def run(self) -> None:
-        import atomtune
         from atomtune import mix, surgery
-        from atomtune.adapter import base_of
-        from atomtune.cli.common import check_top, counted, device_of, pairs, unshown
+        from atomtune.cli.common import check_top, counted, open_base_of, pairs, unshown
         from atomtune.errors import UserError
         from atomtune.tuner.mixture import check_parts
 
@@ -48,7 +48,7 @@ class Command:
         check_parts(folders, weights)
         if self.out and self.out.exists():
             raise UserError(f"`out` must not exist yet: {self.out}. Choose another folder.")
-        pipe = atomtune.open_pipeline(self.base or base_of(next(iter(folders.values()))) or "", device=device_of(None))
+        pipe = open_base_of(Path(next(iter(folders.values()))), self.base, dtype=self.dtype)
         mixture = mix.mix(pipe, folders, weights, allow_other_base=self.allow_other_base)
         if self.out is None or self.drop_weaker:
             together, along = self.limits

@@ -25,13 +25,15 @@ class Command:
     formula: str = "effect"
     """effect, focus, mean, mean_when_active, maximum or purity."""
     refit: int | None = None
-    """Steps, such as 40, in which what is left learns to do what all atoms did, in float32; needs --data."""
+    """Steps, such as 40, in which what is left learns to do what all atoms did; needs --data."""
     data: Path | None = None
     """What the run learned from, for --refit."""
     base: str | None = None
     """Base pipeline. None: the one that the adapter names."""
     allow_other_base: bool = False
     """Load onto a base that is not the adapter's."""
+    dtype: str | None = None
+    """Precision of the base: float32, bfloat16 or float16. None: as the run had it, quantized too, or float32."""
     device: str | None = None
     """Where to run, such as cuda. None: cuda where there is one, else cpu."""
 
@@ -48,7 +50,7 @@ class Command:
             raise UserError(f"`out` must not exist yet: {self.out}. Choose another folder.")
         if (self.refit is None) != (self.data is None):
             raise UserError("`refit` and `data` must be given together: steps, and what the run learned from.")
-        adapter = open_adapter(self.adapter, self.base, self.allow_other_base, self.device)
+        adapter = open_adapter(self.adapter, self.base, self.allow_other_base, self.device, self.dtype)
         before = len(adapter.atoms)
         if self.count is not None and not 1 <= self.count <= before:
             raise UserError(f"`count` must be between 1 and the {before} atoms there are, got {self.count}.")

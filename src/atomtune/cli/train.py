@@ -48,7 +48,7 @@ class Planned:
     @property
     def folder(self) -> Path:
         """Where the run goes."""
-        return self.out or Path("runs") / self.data.resolve().name
+        return self.out or folder_of(self.data)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -77,6 +77,11 @@ class Planned:
         report = examine(self.open, self.data, self.options, **asked, **how)
         print(json.dumps(dataclasses.asdict(report), indent=1) if as_json else text(report))
         sys.exit(1 if report.problems else 0)
+
+
+def folder_of(data: Path) -> Path:
+    """Where the run on some data goes, if nothing is said."""
+    return Path("runs") / data.resolve().name
 
 
 @dataclass(frozen=True)
@@ -112,13 +117,17 @@ class Command(Planned):
 def expand(arguments: list[str]) -> list[str]:
     """The arguments with those of --config before them, or of the run to resume: the command line's win."""
     reader = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for name in ("--config", "--out"):
+    for name in ("--config", "--out", "--data"):
         reader.add_argument(name, type=Path, nargs="?")
     reader.add_argument("--resume", action="store_true")
-    given = reader.parse_known_args(arguments)[0]
+    try:
+        given = reader.parse_known_args(arguments)[0]
+    except argparse.ArgumentError:  # tyro says what is wrong
+        return arguments
     path = given.config
-    if path is None and given.resume and given.out and (given.out / config.FILE).is_file():
-        path = given.out / config.FILE
+    if path is None and given.resume and (given.out or given.data):
+        began = (given.out or folder_of(given.data)) / config.FILE
+        path = began if began.is_file() else None
     if path is None:
         return arguments
     known = [f.name for kind in (Command, TrainOptions) for f in dataclasses.fields(kind)]

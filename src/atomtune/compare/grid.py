@@ -14,6 +14,7 @@ from typing import Any
 from atomtune.backbones import EMBEDDED, denoiser, open_pipeline
 from atomtune.compare import plots, tables
 from atomtune.compare.cells import Cell
+from atomtune.compare.fit import COMPONENTS
 from atomtune.compare.methods import BASE, METHODS, REFERENCES, options_of, parse
 from atomtune.compare.results import others, restore, write_result
 from atomtune.compare.results import rows as rows_of
@@ -25,6 +26,9 @@ from atomtune.tuner import fingerprint
 
 CODE = tuple(f"atomtune.{room}" for room in ("sparse", "tuner", "effect", "atoms", "training", "scenes", "compare.fit"))
 """Source that decides what a cell measures."""
+
+TOGETHER = ("mixing", "both")
+"""Tasks in which two adapters act at once."""
 
 COLUMNS = {
     "customization": ("similarity", "object_accuracy", "alignment", "drift", "bleed", "inner_leak", "silence"),
@@ -60,6 +64,11 @@ class Grid:
         for size in self.sizes:
             if size < 1:
                 raise UserError(f"`sizes` must be ranks of at least 1, got {size}.")
+        for method in self.methods if self.task in TOGETHER else ():
+            name, _ = parse(method)
+            rival = None if name in REFERENCES else METHODS[name].rival
+            if rival and rival not in COMPONENTS:
+                raise UserError(f"`methods` of {self.task} must have parts that add up, got {name}: it has none.")
         subjects = subjects_of(self.task, self.subjects)
         shared = {"base": self.base, "sampler": self.sampler, "dials": self.dials}
         configs = [(method, config) for method in self.methods for config in self._configs(method)]
@@ -170,7 +179,7 @@ def tune(grid: Grid, out: Path, name: str = "tuning", **given: Any) -> Path:
 def best_rates(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """From the rows of `tune`: the learning rates of the largest hypervolume at full strength, as in `METHODS`."""
     found: dict[str, tuple[float, float]] = {}
-    full = [row for row in rows if row["knob"] == "full"]
+    full = [row for row in rows if row.get("knob") == "full"]
     for entry in tables.method_hypervolume(full, tables.base_reference(rows)):
         if entry["method"] not in REFERENCES:
             name, changed = parse(entry["method"])
@@ -188,7 +197,8 @@ def write_report(rows: Sequence[Mapping[str, Any]], task: str, folder: Path, nam
     keys = {"method": "method", "prior": "prior", "gate": "gate", "size": "rank"}
     parts = [f"# {name}", tables.markdown(full, columns, keys, command=command)]
     if any("drift" in row for row in rows) and any(tables.is_base(row) for row in rows):
-        volumes = tables.method_hypervolume(rows, tables.base_reference(rows))
+        reference = tables.base_reference(rows)
+        volumes = tables.method_hypervolume([row for row in rows if row.get("subject") in reference], reference)
         parts.append(tables.markdown(volumes, ("hypervolume",), keys, command=command))
     dialled = [e for e in summary if e not in full]
     shown = [c for c in columns if any(isinstance(e.get(c), tables.Interval) and e[c].cells for e in dialled)]

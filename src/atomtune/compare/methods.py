@@ -43,15 +43,15 @@ def _rival(name: str, *rates: float, lr: float | None = None) -> Method:
     return Method(lr=lr or rates[1], rates=rates, rival=name)
 
 
-def _ours(lr: float = 4e-3, **options: Any) -> Method:
-    return Method(lr=lr, options=options, version=2)
+def _ours(lr: float = 4e-3, version: int = 2, **options: Any) -> Method:
+    return Method(lr=lr, options=options, version=version)
 
 
 METHODS: dict[str, Method] = {
     "atoms": _ours(),
     "atoms-soft": _ours(sparsifier="soft"),
     "atoms-topk": _ours(sparsifier="topk", k=4),
-    "atoms-batchtopk": _ours(sparsifier="batch_topk", k=4),
+    "atoms-batchtopk": _ours(sparsifier="batch_topk", k=4, version=3),
     "atoms-jumprelu": _ours(sparsifier="jumprelu"),
     "atoms-whole": _ours(lr=2e-3, nested=False),
     "atoms-dense": _ours(sparsifier="dense", silence=0.0),

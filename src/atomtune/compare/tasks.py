@@ -174,7 +174,7 @@ def style_asks(style: str, number: int = 24) -> list[Ask]:
     for i in range(number):
         drawn = random_scene(rng, (rng.choice(names),), pairs=0.0)
         thing = replace(drawn.things[0], style=style)
-        asks.append(_pair(thing, drawn, rng) if i % 4 == 3 else _ask(replace(drawn, things=(thing,)), "place"))
+        asks.append(_pair(thing, drawn, rng) if 4 * i < number else _ask(replace(drawn, things=(thing,)), "place"))
     return asks
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from atomtune.data.listing import Listing, Skipped, json_of, normal, note_of, reason, text_of
+from atomtune.data.listing import METADATA, Listing, Skipped, json_of, normal, note_of, reason, text_of
 from atomtune.data.packed import File, Packed
 from atomtune.errors import UserError
 
@@ -30,6 +30,10 @@ def listing(paths: Sequence[Path], caption_extension: str, caption_column: str |
                 found.skipped.append(Skipped(file, "hidden file"))
             elif not member.isreg():
                 found.skipped.append(Skipped(file, "special file"))
+            elif inner == METADATA:
+                found.skipped.append(
+                    Skipped(file, "caption file not used: in a shard captions are NAME.txt or NAME.json")
+                )
             elif (why := reason(inner, caption_extension)) is not None:
                 found.skipped.append(Skipped(file, why))
             else:

@@ -24,7 +24,10 @@ def is_table(source: str | Path) -> bool:
 
 
 def _only_parquet(folder: Path) -> bool:
-    kinds = {path.suffix.lower() for path in folder.iterdir()}
+    try:
+        kinds = {path.suffix.lower() for path in folder.iterdir()}
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}.") from error
     return ".parquet" in kinds and not kinds & set(READABLE)
 
 

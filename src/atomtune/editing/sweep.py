@@ -89,6 +89,8 @@ def edit(
         raise UserError(f"`out` must not exist yet: {folder}. Choose another folder.")
     side = training.resolution or default_side(pipe)
     square, covered = fit(on_matte(opened), (side, side)), mask and fit(mask.convert("L"), (side, side))
+    if covered is not None and not any(covered.getextrema()):
+        raise UserError("`mask` must be white somewhere in the picture's middle square, which alone is edited.")
     if adapter is None:
         try:
             adapter = tune(pipe, square, source, covered, folder, options, training, **more)

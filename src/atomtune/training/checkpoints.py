@@ -73,7 +73,10 @@ def save(
         raise UserError(f"Could not write {folder}: {error}. Earlier checkpoints are untouched.") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    for old in _in_order(run)[:-keep]:
+    # Those of later steps are damaged: a run goes on from the newest whole one.
+    every = _in_order(run)
+    at = every.index(folder)
+    for old in (*every[: max(0, at + 1 - keep)], *every[at + 1 :]):
         shutil.rmtree(old, ignore_errors=True)
     return folder
 

@@ -129,7 +129,7 @@ def examine(
     scan = _data(found, data, options)
     if resume and out is not None and scan is not None:
         with found.kept():
-            run_folder.check_data(out, scan, allow_changed_data)
+            run_folder.check_data(out, scan, None, allow_changed_data)
     scan = scan or Scan((), ())
     pipe: Any = None
     with found.kept():

@@ -55,7 +55,7 @@ class Encoder:
     def __init__(self, pipe: Any, backbone: Backbone, cache: Cache, base_key: str | None = None) -> None:
         self.pipe, self.backbone, self.cache, self.device = pipe, backbone, cache, pipe.vae.device
         texts = [part for name, part in sorted(pipe.components.items()) if name.startswith("text_encoder")]
-        self.vae = weights_key(pipe.vae)
+        self.vae = key(weights_key(pipe.vae), str(denoiser(pipe).dtype))
         self.text = key(type(pipe).__name__, *(weights_key(part) for part in texts if part is not None))
         self.base = key(base_key or weights_key(denoiser(pipe)), self.vae, self.text)
 

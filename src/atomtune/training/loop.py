@@ -29,7 +29,7 @@ from atomtune.training.processes import shard, wants_shards
 from atomtune.training.run import Run
 from atomtune.training.run_folder import say
 from atomtune.training.trackers import Trackers, chosen
-from atomtune.tuner import adapter_config, atom_layers, base_only, discard_adapters, fingerprint
+from atomtune.tuner import adapter_config, atom_layers, base_only, discard_adapters, note_base
 
 
 def train(
@@ -78,19 +78,19 @@ def train(
             base_key = None
             if wants_shards(options.shard):
                 # While it is whole: afterwards no process can tell.
-                adapter_config(base, NAME).base_fingerprint, base_key = fingerprint(base), weights_key(base)
+                note_base(adapter_config(base, NAME), base)
+                base_key = weights_key(base)
                 shard(base, pipe.vae.device, processes, NAME)
             with base_only(base):
                 material = prepare(pipe, backbone, Path(data), options, run, base_key)
             learned, held_out = validation.split(material, options.held_out, options.seed)
             settings = {"data": data, "base": base_name(pipe), **(settings or {})}
             if resume:
-                run_folder.check_data(run, material.scan, allow_changed_data)
+                run_folder.check_data(run, material.scan, material.beside, allow_changed_data)
             if processes.is_main_process:
                 run_folder.tell(material.scan, material.said)
                 if not resume:
-                    run_folder.claim(run, options, settings, material.scan)
-                    stack.enter_context(run_folder.held(run))
+                    stack.enter_context(run_folder.claimed(run, options, settings, material.scan, material.beside))
             processes.wait_for_everyone()
             stack.enter_context(training_mode(base, options))
             trackers = Trackers(tracked, run, settings | options.to_dict(), say)
@@ -98,6 +98,7 @@ def train(
             state = Run(pipe, backbone, learned, options, run, processes, held_out, trackers)
             if resume:
                 state.resume()
+                processes.wait_for_everyone()  # the first writes to files that all of them read
             with state.told():
                 state.steps(progress, stop)
                 return _finish(state, command)

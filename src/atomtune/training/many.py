@@ -78,6 +78,8 @@ def train_many(
     processes = PartialState(cpu=pipe.vae.device.type == "cpu")
     if processes.num_processes > 1:
         raise UserError(f"Many concepts are trained in one process, got {processes.num_processes}. Share out the list.")
+    for job in jobs:
+        run_folder.mend(job.out)
     begun = {job.out for job in jobs if resume and (job.out / run_folder.OPTIONS).is_file()}
     if resume:
         left = [_as_begun(job, begun) for job in jobs if not run_folder.is_finished(job.out)]
@@ -97,15 +99,17 @@ def train_many(
                 with base_only(base):
                     prepared.append(prepare(pipe, backbone, job.data, job.options, job.out))
                 if job.out in begun:
-                    run_folder.check_data(job.out, prepared[-1].scan, allow_changed=False)
+                    run_folder.check_data(job.out, prepared[-1].scan, prepared[-1].beside, allow_changed=False)
             runs: list[Run] = []
             # Once nothing is known to be wrong with any: a second try finds all folders free.
             for name, job, material in zip(names, left, prepared, strict=True):
                 run_folder.tell(material.scan, material.said)
-                if job.out not in begun:
+                if job.out in begun:
+                    stack.enter_context(run_folder.held(job.out))
+                else:
                     own = {**(settings or {}), "data": job.data, "base": base_name(pipe)}
-                    run_folder.claim(job.out, job.options, own, material.scan)
-                stack.enter_context(run_folder.held(job.out))
+                    claimed = run_folder.claimed(job.out, job.options, own, material.scan, material.beside)
+                    stack.enter_context(claimed)
                 runs.append(Run(pipe, backbone, material, job.options, job.out, processes, name=name))
                 if job.out in begun:
                     runs[-1].resume()

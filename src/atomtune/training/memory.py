@@ -155,6 +155,7 @@ def weights_of(pipe: Any) -> int:
 def there(device: torch.device) -> int | None:
     """Bytes that are free on a device, for whoever comes first."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch holds and has free is free
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type == "cpu":
         import psutil
@@ -317,6 +318,7 @@ class Trial:
             latents=latents,
             conditioning=self.rows(own),
             masks=masks,
+            weights=None if weights is None else weights[0],
             buckets=(bucket,),
             items=tuple(Item(0, place, 0) for place in range(own)),
             wordless=self.rows(1),
@@ -328,6 +330,7 @@ class Trial:
             gate_unrelated=prompts,
             gate_held_out=prompts,
             scan=Scan((), ()),
+            beside="",
             said=(),
         )
 

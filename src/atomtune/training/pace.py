@@ -19,8 +19,8 @@ class Pace:
     Such steps are what memory that spills from the accelerator into the system's looks like.
     """
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self.tell = tell
+    def __init__(self, tell: Callable[[str], None], device: torch.device) -> None:
+        self.tell, self.device = tell, device
         self.recent: deque[float] = deque(maxlen=WINDOW)
         self.told = -WINDOW
 
@@ -40,6 +40,6 @@ class Pace:
         if not self.recent:
             return {}
         facts = {"seconds_per_step": round(statistics.median(self.recent), 4)}
-        if torch.cuda.is_available():
-            facts["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        if self.device.type == "cuda":
+            facts["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(self.device) / 2**30, 2)
         return facts

@@ -19,8 +19,10 @@ from atomtune.data.folder import Sample, Scan, scan
 from atomtune.data.prompts import split_held_out, unrelated_prompts
 from atomtune.data.views import Size, View, nearest, sizes, view_of
 from atomtune.errors import UserError, hushed
+from atomtune.files import key
 from atomtune.training.encode import Bucket, Encoder, counting
 from atomtune.training.options import TrainOptions
+from atomtune.training.processes import launched
 
 VIEWS = 8
 """Views of each picture, at most, that are cut at random."""
@@ -52,6 +54,8 @@ class Material:
     conditioning: Conditioning
     masks: Tensor
     """Share of each picture token on the subject: from the user's masks, or where the base is surprised."""
+    weights: Tensor | None
+    """What each place of the latents weighs in the task, with one channel. None: all the same."""
     buckets: tuple[Bucket, ...]
     """What batches are made of."""
     items: tuple[Item, ...]
@@ -70,6 +74,8 @@ class Material:
     gate_held_out: Conditioning
     """The same, kept for calibration."""
     scan: Scan
+    beside: str
+    """Stands for the unrelated pictures and prompts, as they were given."""
     said: tuple[str, ...]
     """What the user should know of all this."""
 
@@ -93,7 +99,9 @@ def prepare(
     painted = pictured(captions, kept, options)
     pictures = encoder.paint(painted, square, options.seed + 1_000_000)
     near = len(class_prompts(captions, options))
-    of_class = torch.tensor([False] * len(own) + [at < near for at in range(len(painted))])
+    of_class = torch.tensor(
+        [mentions(sample.caption, options.class_noun) for sample in own] + [at < near for at in range(len(painted))]
+    )
     unrelated_captions = spoken((*(sample.caption for sample in own), *painted))
     conditioning = encoder.words(captions)
 
@@ -112,6 +120,7 @@ def prepare(
         latents=whole.latents[0],
         conditioning=conditioning,
         masks=whole.masks[0],
+        weights=None if whole.weights is None else whole.weights[0],
         buckets=buckets,
         items=_items(buckets, samples),
         wordless=encoder.words(("",)),
@@ -123,6 +132,7 @@ def prepare(
         gate_unrelated=encoder.prompts(shutting) if options.gated else {},
         gate_held_out=encoder.prompts(("", *held_out)) if options.gated else {},
         scan=found,
+        beside=key(*(text for sample in own for text in (sample.digest, sample.caption)), "", *kept, "", *held_out),
         said=(*added, *_told(samples, buckets, options), *_told_lost(encoder, samples)),
     )
 
@@ -236,7 +246,7 @@ def own_unrelated(options: TrainOptions) -> tuple[Sample, ...]:
 def views_of(samples: Sequence[Sample], options: TrainOptions) -> list[list[View]]:
     """Every picture's views, the whole pictures first; no more than there are epochs to show them."""
     most = VIEWS if options.crop else 2 if options.flip else 1
-    seen = options.steps * options.grad_accumulation * options.batch_size
+    seen = options.steps * options.grad_accumulation * options.batch_size * launched()
     number = min(most, -(-seen // sum(sample.repeats for sample in samples)))
     how: dict[str, Any] = {"crop": options.crop, "flip": options.flip, "seed": options.seed}
     return [[view_of(sample.digest, n, **how) for sample in samples] for n in range(number)]

@@ -20,6 +20,13 @@ def mean_gradients(parameters: Iterable[nn.Parameter], processes: PartialState) 
             p.grad = reduce(torch.zeros_like(p) if p.grad is None else p.grad, "mean")
 
 
+def mean_values(values: Iterable[Tensor], processes: PartialState) -> None:
+    """Every process gets, in place, the mean of each value on all of them."""
+    if processes.num_processes > 1:
+        for value in values:
+            value.copy_(reduce(value, "mean"))
+
+
 def highest(values: Mapping[str, Tensor], processes: PartialState) -> None:
     """Every process gets, in place, the largest of each value on all of them."""
     if processes.num_processes > 1:
@@ -31,6 +38,11 @@ def own_device(device: str | None) -> str | None:
     """The device of this process: of several that are launched together, each has its own GPU."""
     rank = os.environ.get("LOCAL_RANK")
     return f"cuda:{rank}" if device == "cuda" and rank is not None else device
+
+
+def launched() -> int:
+    """How many processes were launched together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def wants_shards(asked: bool) -> bool:

@@ -66,7 +66,7 @@ def refit(
     def material() -> Material:
         with base_only(denoiser(pipe)):
             found = prepare(pipe, backbone, Path(data), options, run)
-        run_folder.check_data(run, found.scan, allow_changed=True)
+        run_folder.check_data(run, found.scan, found.beside, allow_changed=True)
         return validation.split(found, options.held_out, options.seed)[0]
 
     return fewer(
@@ -116,7 +116,7 @@ def fewer(
                     run.step(step)
                 except UserError as error:
                     raise UserError(f"`refit` is not finite at step {step + 1}. Give fewer steps.") from error
-        return described(pipe, backbone, prepared)
+            return described(pipe, backbone, prepared)
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from atomtune.training.ends import NAME
 from atomtune.training.options import TrainOptions
 from atomtune.training.pace import Pace
 from atomtune.training.prepare import Material
-from atomtune.training.processes import highest, mean_gradients, wants_shards
+from atomtune.training.processes import highest, mean_gradients, mean_values, wants_shards
 from atomtune.training.run_folder import say
 from atomtune.training.start import from_activations
 from atomtune.training.trackers import Trackers
@@ -108,7 +108,7 @@ class Run:
         """The lowest validation score so far, and its step."""
         self.silent_for: dict[str, Tensor] = {}
         self.reach: dict[str, Tensor] = {}
-        self.pace = Pace(say)
+        self.pace = Pace(say, self.device)
 
     def _optimizer(self) -> Any:
         layers = atom_layers(self.base, self.name)
@@ -129,7 +129,7 @@ class Run:
             before = checkpoints.schedule_of(folder)
             if before not in (None, self._schedule()):
                 say(f"warning: the learning rate followed {before} until step {self.done}, and now {self._schedule()}")
-        run_folder.cut_log(self.run / run_folder.LOG, self.done)
+        run_folder.cut_log(self.log, self.done)
 
     def _schedule(self) -> dict[str, Any]:
         return {name: getattr(self.options, name) for name in ("schedule", "steps", "lr", "warmup", "floor")}
@@ -143,9 +143,7 @@ class Run:
             unit="step",
             dynamic_ncols=True,
         )
-        # Each process logs its own share of the data; the first one's is the run's log.
-        name = f"log-{self.processes.process_index}.jsonl".replace("-0", "")
-        with bar, interruptible() as asked_to_stop, run_folder.log_of(self.run / name) as log:
+        with bar, interruptible() as asked_to_stop, run_folder.log_of(self.log) as log:
             while not self.over():
                 begin = time.monotonic()
                 terms = self.step(self.done)
@@ -168,6 +166,12 @@ class Run:
                     raise KeyboardInterrupt
                 if self._due(o.sample_every):
                     self.sample()
+
+    @property
+    def log(self) -> Path:
+        """Each process logs its own share of the data; the first one's is the run's log."""
+        rank = self.processes.process_index
+        return self.run / (f"log-{rank}.jsonl" if rank else run_folder.LOG)
 
     def speed(self, seconds: float) -> dict[str, float]:
         """What log.jsonl says of the time that a step took."""
@@ -226,7 +230,7 @@ class Run:
             state |= {f"ema.{name}": value for name, value in self.ema.state().items()}
         if self.best:
             state["best."] = torch.tensor(self.best, dtype=torch.float64)
-        return state
+        return state | {"processes.": torch.tensor(self.processes.num_processes)}
 
     def _set_state(self, state: dict[str, Tensor]) -> None:
         parts: dict[str, dict[str, Tensor]] = {}
@@ -242,6 +246,9 @@ class Run:
         if "best" in parts:
             score, step = parts["best"][""].tolist()
             self.best = score, int(step)
+        number = self.processes.num_processes
+        if (before := int(parts.get("processes", {}).get("", number))) != number:
+            say(f"warning: the run was trained by {before} processes, and now by {number}: batches are other ones")
 
     @contextmanager
     def as_saved(self) -> Iterator[None]:
@@ -281,7 +288,7 @@ class Run:
         main = self.processes.is_main_process
         if not main and not wants_shards(self.options.shard):
             return
-        prompts = list(self.options.sample_prompts or dict.fromkeys(self.material.captions))[:4]
+        prompts = list(self.options.sample_prompts) or list(dict.fromkeys(self.material.captions))[:4]
         folder = self.run / "samples"
         try:
             with torch.no_grad(), self.as_saved(), self._calibrated():
@@ -327,6 +334,7 @@ class Run:
             for part in range(o.grad_accumulation):
                 self.total(step, self._losses(self.micro(step, part)), terms).backward()
         mean_gradients(self.parameters(), self.processes)
+        mean_values((b for s in self._sparsifiers() for b in s.buffers() if b.is_floating_point()), self.processes)
         return terms
 
     def total(self, step: int, losses: dict[str, Tensor], terms: dict[str, float]) -> Tensor:
@@ -346,8 +354,19 @@ class Run:
         The gate learns from labels; here it stands open, so that atoms learn to be silent themselves. In backward too:
         gradient checkpointing runs the forward again.
         """
+        sparsifiers = self._sparsifiers()
         with open_gate(self.base, self.name), self._taking_part(step):
-            yield
+            # Those that choose among a whole batch do so in training alone.
+            for sparsifier in sparsifiers:
+                sparsifier.train()
+            try:
+                yield
+            finally:
+                for sparsifier in sparsifiers:
+                    sparsifier.eval()
+
+    def _sparsifiers(self) -> list[nn.Module]:
+        return [layer.dictionary(self.name).sparsifier for layer in atom_layers(self.base, self.name).values()]
 
     def _taking_part(self, step: int) -> ExitStack:
         """Which atoms take part in a step, and from which code on, as lots drawn anew each step say.
@@ -481,9 +500,10 @@ class Run:
         """The dead-atom term: atoms silent for `DEAD_AFTER` micro-batches are pulled up."""
         terms = []
         for site, found in pre_codes.items():
-            fired = (found > 0).any(0)
+            fired = (found > 0).any(0).float()
+            highest({site: fired}, self.processes)
             quiet = self.silent_for.get(site, torch.zeros_like(fired, dtype=torch.long))
-            self.silent_for[site] = torch.where(fired, 0, quiet + 1)
+            self.silent_for[site] = torch.where(fired > 0, 0, quiet + 1)
             terms.append(dead_atoms(found, self.silent_for[site] > DEAD_AFTER))
         return torch.stack(terms).sum()
 

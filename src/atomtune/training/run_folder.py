@@ -42,6 +42,10 @@ OPTIONS, CONFIG, DATA, STATUS, LOCK, LOG = (
 )
 
 
+UNRELATED = "unrelated pictures and prompts"
+"""Their name among those of pictures."""
+
+
 def say(text: str) -> None:
     """A message on stderr, above the progress bar; stdout is for data."""
     tqdm.write(text, file=sys.stderr)
@@ -92,25 +96,35 @@ def stored(run: Path, given: TrainOptions) -> TrainOptions:
     return found
 
 
-def claim(run: Path, options: TrainOptions, settings: Mapping[str, Any], scan: Scan) -> None:
-    """Make the folder ours, once nothing is known to be wrong: a second try finds it free.
+@contextmanager
+def claimed(run: Path, options: TrainOptions, settings: Mapping[str, Any], scan: Scan, beside: str) -> Iterator[None]:
+    """Inside, the folder is ours, as `held`; claimed once nothing is known to be wrong: a second try finds it free.
 
-    The options come last: with them the run has begun, and `stored` finds it.
+    The options come last: with them the run has begun, and `stored` finds it. `beside`: as in `check_data`.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"`out` can't be written: {error}.") from error
-    write_whole(run / CONFIG, config.text({**settings, **options.to_dict()}))
-    write_whole(run / DATA, json.dumps(_digests(scan), indent=1, ensure_ascii=False) + "\n")
-    write_whole(run / OPTIONS, options.to_json())
+    with held(run):
+        check_free(run, options)  # another may have begun and ended since the folder was found free
+        write_whole(run / CONFIG, config.text({**settings, **options.to_dict()}))
+        write_whole(run / DATA, json.dumps(_digests(scan, beside), indent=1, ensure_ascii=False) + "\n")
+        write_whole(run / OPTIONS, options.to_json())
+        yield
 
 
-def check_data(run: Path, scan: Scan, allow_changed: bool) -> None:
-    """Raises UserError where pictures, captions or masks are not those that the run began with."""
+def check_data(run: Path, scan: Scan, beside: str | None, allow_changed: bool) -> None:
+    """Raises UserError where pictures, captions or masks are not those that the run began with.
+
+    `beside` stands for what else is trained on, the unrelated pictures and prompts; None: that is not known.
+    """
     if not (run / DATA).is_file():
         return
-    before, now = _table(run / DATA), _digests(scan)
+    before, now = _table(run / DATA), _digests(scan, beside)
+    if UNRELATED not in before or beside is None:  # a run from before it was kept
+        before.pop(UNRELATED, None)
+        now.pop(UNRELATED, None)
     changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     if not changed:
         return
@@ -136,12 +150,14 @@ def _table(path: Path) -> dict[str, Any]:
     return found
 
 
-def _digests(scan: Scan) -> dict[str, dict[str, Any]]:
-    """What is learned from, by the picture's name."""
-    return {
+def _digests(scan: Scan, beside: str | None) -> dict[str, Any]:
+    """What is learned from, by the picture's name, and what stands for all beside it."""
+    found: dict[str, Any] = {
         sample.path.name: {"sha256": sample.digest, "caption": sample.caption, "mask": _bytes(sample.mask)}
+        | ({"repeats": sample.repeats} if sample.repeats != 1 else {})
         for sample in scan.samples
     }
+    return found | {UNRELATED: beside}
 
 
 def _bytes(file: File | None) -> str | None:

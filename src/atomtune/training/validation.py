@@ -46,6 +46,7 @@ def _rows(material: Material, rows: Tensor) -> Material:
         latents=material.latents[rows],
         conditioning=select(material.conditioning, rows),
         masks=material.masks[rows],
+        weights=None if material.weights is None else material.weights[rows],
         buckets=tuple(kept),
         items=tuple(item for item in material.items if kept[item.bucket].rows[item.place] >= 0),
     )
@@ -59,13 +60,13 @@ def validate(base: nn.Module, backbone: Backbone, material: Material, seed: int)
     and against the base's own.
     """
     loss = drift = 0.0
-    for x, s, target, conditioning in _noised(backbone, material.latents, material.conditioning, seed):
+    for at, x, s, target, conditioning in _noised(backbone, material.latents, material.conditioning, seed):
         predicted = backbone.predict(base, x, s, conditioning)
-        loss += objective.error(predicted, target).item() * len(x) / len(material.latents) / len(TIMES)
-    unrelated = material.unrelated_latents[:ROWS]
-    rows = torch.arange(len(unrelated))
-    given = select(material.unrelated_conditioning, rows)
-    for x, s, _, conditioning in _noised(backbone, unrelated, given, seed + 1):
+        weight = None if material.weights is None else material.weights[at]
+        loss += objective.error(predicted, target, weight).item() * len(x) / len(material.latents) / len(TIMES)
+    rows = _far(material)
+    unrelated, given = material.unrelated_latents[rows], select(material.unrelated_conditioning, rows)
+    for _, x, s, _, conditioning in _noised(backbone, unrelated, given, seed + 1):
         adapted = backbone.predict(base, x, s, conditioning)
         with base_only(base):
             plain = backbone.predict(base, x, s, conditioning)
@@ -73,13 +74,21 @@ def validate(base: nn.Module, backbone: Backbone, material: Material, seed: int)
     return {"validation_loss": loss, "validation_drift": drift, "validation_score": loss + drift}
 
 
+def _far(material: Material) -> Tensor:
+    """Which unrelated pictures drift is measured on: some that lie evenly, none of the concept's class if there are."""
+    every = (~material.of_class).nonzero().flatten()
+    every = every if len(every) else torch.arange(len(material.of_class))
+    return every[torch.linspace(0, len(every) - 1, min(ROWS, len(every))).long()]
+
+
 def _noised(
     backbone: Backbone, latents: Tensor, conditioning: Conditioning, seed: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Conditioning]]:
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, Conditioning]]:
+    """(rows, x, s, target, conditioning) of a few pictures at a time."""
     generator = torch.Generator().manual_seed(seed)
     for time in TIMES:
         noise = torch.randn(latents.shape, generator=generator).to(latents)
         x, target = backbone.noised(latents, torch.full((len(latents),), time, device=latents.device), noise)
         for at in torch.arange(len(latents)).split(ROWS):
             s = torch.full((len(at),), time, device=latents.device)
-            yield x[at], s, target[at], select(conditioning, at)
+            yield at, x[at], s, target[at], select(conditioning, at)

@@ -19,7 +19,7 @@ from .model import (
     unwrap,
 )
 from .register import register
-from .store import check_there, fingerprint, load, load_statistics, previous_of, prune, recover, save
+from .store import check_there, fingerprint, load, load_statistics, note_base, previous_of, prune, recover, save
 
 register(AtomConfig, AtomModel)
 
@@ -44,6 +44,7 @@ __all__ = [
     "hold_gate",
     "load",
     "load_statistics",
+    "note_base",
     "open_gate",
     "override_gate",
     "previous_of",

@@ -75,6 +75,9 @@ class AtomConfig(PeftConfig):
         default=None,
         metadata=_help("What the base's weights looked like when the adapter was saved. Filled in."),
     )
+    base_fingerprint_float16: str | None = field(
+        default=None, metadata=_help("The same, had the base been loaded in float16. Filled in.")
+    )
     atomtune_version: str | None = field(default=None, metadata=_help("Filled in."))
     format_version: int = field(default=FORMAT_VERSION, metadata=_help("Of the file."))
 

@@ -18,7 +18,7 @@ from atomtune.errors import UserError, did_you_mean
 from .config import AtomConfig
 from .gate import PromptGate, prompt_gate
 from .model import activate, adapter_config, atom_layers, attach, remove_adapter, unwrap
-from .store import PARTIAL
+from .store import PARTIAL, prints_of
 
 MIXTURE = "mixture.json"
 MERGEABLE = ("relu", "soft", "jumprelu", "dense")
@@ -153,7 +153,7 @@ def same_base(configs: Mapping[str, AtomConfig]) -> None:
     """Raise UserError where adapters, by what they are called, are known to be of different bases."""
     known = [(name, c) for name, c in configs.items() if not (c.base_fingerprint or PARTIAL).startswith(PARTIAL)]
     for name, config in known[1:]:
-        if config.base_fingerprint != known[0][1].base_fingerprint:
+        if not prints_of(config) & prints_of(known[0][1]):
             bases = [c.base_model_name_or_path or "a base without a name" for c in (known[0][1], config)]
             raise UserError(
                 f"Adapters must be of one base: {known[0][0]} is of {bases[0]}, {name} of another ({bases[1]})."

@@ -73,15 +73,12 @@ def save(
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file. Give a folder.")
     config = adapter_config(base, adapter)
-    print_of_base = fingerprint(base)
-    if print_of_base.startswith(PARTIAL):  # what it was while the base could be read tells more
-        print_of_base = config.base_fingerprint or print_of_base
     config = dataclasses.replace(
         config,
-        base_fingerprint=print_of_base,
         atomtune_version=importlib.metadata.version("atomtune"),
         inference_mode=True,
     )
+    note_base(config, base)
     fresh = folder.with_name(f".{folder.name}.saving")
     try:
         recover(folder)
@@ -442,11 +439,24 @@ def _is_plain(parameter: nn.Parameter) -> bool:
     return type(parameter.data) is Tensor and parameter.is_floating_point() and not parameter.is_meta
 
 
+def note_base(config: AtomConfig, base: nn.Module) -> None:
+    """Fill in what the base looks like; where it can't be read, what was known of it tells more."""
+    for name, through in (("base_fingerprint", torch.float32), ("base_fingerprint_float16", torch.float16)):
+        found = fingerprint(base, through)
+        if getattr(config, name) is None or not found.startswith(PARTIAL):
+            setattr(config, name, found)
+
+
+def prints_of(config: AtomConfig) -> set[str]:
+    """What an adapter's base looked like, in the precision that it had, and in float16."""
+    return {known for known in (config.base_fingerprint, config.base_fingerprint_float16) if known}
+
+
 def _check_base(base: nn.Module, config: AtomConfig, allow_other_base: bool) -> None:
     if config.base_fingerprint is None:
         return
     here, there = fingerprint(base), config.base_fingerprint
-    if there in (here, fingerprint(base, torch.float16)):
+    if prints_of(config) & {here, fingerprint(base, torch.float16)}:
         return
     if here.startswith(PARTIAL) != there.startswith(PARTIAL):
         warnings.warn(
