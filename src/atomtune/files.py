@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import secrets
@@ -41,6 +40,8 @@ def checksum(tensors: Mapping[str, Tensor]) -> str:
 @contextmanager
 def exclusive(path: Path) -> Iterator[None]:
     """One process at a time inside, for a folder or a file, which is made; a killed one lets go."""
+    import fcntl  # not on Windows
+
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)

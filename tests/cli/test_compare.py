@@ -104,6 +104,7 @@ def test_two_adapters_taught_apart_share_a_picture(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--task", "customisation"], "`task` must be one of"),
+        (["--methods", "lora", "--seeds"], "`seeds` must name at least one"),
         (["--methods", "lorra"], "Did you mean `lora`"),
         (["--subjects", "pinapple"], "Did you mean `pineapple`"),
         (["--set", "stebs=3"], "Did you mean `steps`"),

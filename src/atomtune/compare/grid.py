@@ -69,6 +69,9 @@ class Grid:
             rival = None if name in REFERENCES else METHODS[name].rival
             if rival and rival not in COMPONENTS:
                 raise UserError(f"`methods` of {self.task} must have parts that add up, got {name}: it has none.")
+        for axis in ("methods", "subjects", "seeds", "sizes"):
+            if not getattr(self, axis):
+                raise UserError(f"`{axis}` must name at least one, got none.")
         subjects = subjects_of(self.task, self.subjects)
         shared = {"base": self.base, "sampler": self.sampler, "dials": self.dials}
         configs = [(method, config) for method in self.methods for config in self._configs(method)]
