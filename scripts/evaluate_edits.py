@@ -25,6 +25,7 @@ from atomtune.compare.results import script_command, write_result
 from atomtune.editing.options import TUNING, EditOptions
 from atomtune.editing.sweep import Edits, best, table
 from atomtune.explore.strips import save_edits
+from atomtune.files import key, write_whole
 from atomtune.scenes.render import render
 from atomtune.training import run_folder
 
@@ -53,11 +54,11 @@ def main() -> None:
 
 
 def kept(subject: str, given: Any) -> list[dict[str, Any]]:
-    """The rows of a subject; of an earlier run where they are there."""
-    path = given.out / f"{subject}.json"
+    """The rows of a subject; of an earlier run, where one of the same options has left them."""
+    asked = key(subject, given.words, *given.recipes, str(given.steps), str(given.noises))
+    path = given.out / f"{asked[:20]}.json"
     if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(list(of_subject(subject, given))))
+        write_whole(path, json.dumps(list(of_subject(subject, given))))
     return json.loads(path.read_text())
 
 
@@ -78,9 +79,10 @@ def of_subject(subject: str, given: Any) -> Iterator[dict[str, Any]]:
         tuned = done.adapter
         save_edits(done, out)
         facts = {"subject": subject, "words": given.words, "recipe": recipe, "steps": steps}
+        agreed = agreement(done, asks)
         for row in score(done, asks):
             print(json.dumps(facts | {k: round(v, 3) for k, v in row.items() if isinstance(v, float)}), flush=True)
-            yield facts | row | agreement(done, asks)
+            yield facts | row | agreed
 
 
 def score(done: Edits, asks: list[tasks.Ask]) -> list[dict[str, float]]:

@@ -22,6 +22,7 @@ from atomtune.backbones import BACKBONES, unet
 from atomtune.backbones.noising import scheduled
 from atomtune.cli import COMMANDS
 from atomtune.compare.tables import cells_of, difference, interval, markdown, ratio, summarise
+from atomtune.editing.options import Point
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -90,7 +91,7 @@ def demo_table() -> str:
 
 
 OPENED = "gate held open"
-OFF = {"purity": 0.0, "beside": 0.0, "keep": 1.0, "strength": 1.0}
+OFF = vars(Point())
 """The dials of `atomtune edit` where all atoms take part."""
 
 

@@ -215,7 +215,8 @@ def listening(pipe: Any, hear: Callable[[list[str]], None]) -> Iterator[Callable
 
     def which(embeds: Embeds, field: str) -> list[int]:
         nonlocal used
-        first, used = not used and not READING.get(), used or not READING.get()
+        first = not used and not READING.get()
+        used = used or first
         spoken = known.get(embeds[0].shape[-1])
         if spoken is None:
             raise UserError(f"`{field}` needs the prompt's text: let the pipeline encode it inside.")

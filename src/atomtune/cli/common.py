@@ -52,7 +52,7 @@ def _precision(folder: Path) -> dict[str, str]:
 
     try:
         said = tomllib.loads((folder / config.FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError):  # an adapter can be used without it
         return {}
     return {name: said[name] for name in ("dtype", "quantize") if isinstance(said.get(name), str)}
 

@@ -16,7 +16,7 @@ from atomtune.compare import plots, tables
 from atomtune.compare.cells import Cell
 from atomtune.compare.fit import COMPONENTS
 from atomtune.compare.methods import BASE, METHODS, REFERENCES, options_of, parse
-from atomtune.compare.results import others, restore, write_result
+from atomtune.compare.results import joined, others, restore, write_result
 from atomtune.compare.results import rows as rows_of
 from atomtune.compare.runner import run
 from atomtune.compare.tasks import TASKS
@@ -27,8 +27,8 @@ from atomtune.tuner import fingerprint
 CODE = tuple(f"atomtune.{room}" for room in ("sparse", "tuner", "effect", "atoms", "training", "scenes", "compare.fit"))
 """Source that decides what a cell measures."""
 
-TOGETHER = ("mixing", "both")
-"""Tasks in which two adapters act at once."""
+TWO_AT_ONCE = ("mixing", "both")
+"""Tasks in which two adapters act."""
 
 COLUMNS = {
     "customization": ("similarity", "object_accuracy", "alignment", "drift", "bleed", "inner_leak", "silence"),
@@ -64,7 +64,7 @@ class Grid:
         for size in self.sizes:
             if size < 1:
                 raise UserError(f"`sizes` must be ranks of at least 1, got {size}.")
-        for method in self.methods if self.task in TOGETHER else ():
+        for method in self.methods if self.task in TWO_AT_ONCE else ():
             name, _ = parse(method)
             rival = None if name in REFERENCES else METHODS[name].rival
             if rival and rival not in COMPONENTS:
@@ -134,12 +134,13 @@ def compare(
     """
     begin = time.monotonic()
     cells, folder = grid.cells(), results or out / "results"
+    path = folder / f"{name}.json"
     settings = {"task": grid.task, **{name: cells[0].config[name] for name in ("fingerprint", "sampler")}}
     settings |= {"set": dict(grid.options)}
     if add:
-        others(folder / f"{name}.json", cells, settings)  # raises before anything is measured
-    if not again and (restored := restore(folder / f"{name}.json", cells, out)):
-        print(f"{restored} cells are taken from {folder / f'{name}.json'}", file=sys.stderr)
+        others(path, cells, settings)  # raises before anything is measured
+    if not again and (restored := restore(path, cells, out)):
+        print(f"{restored} cells are taken from {path}", file=sys.stderr)
     outcomes = run(
         cells,
         "atomtune.compare.measure:work",
@@ -160,13 +161,12 @@ def compare(
         )
     folder.mkdir(parents=True, exist_ok=True)
     spent = sum(o.seconds for o in outcomes) or time.monotonic() - begin
-    path = folder / f"{name}.json"
     with exclusive(folder):
         beside = others(path, cells, settings) if add else None
         rows = rows_of(outcomes)
         write_result(path, command, rows, spent, outcomes=outcomes, settings=settings, beside=beside)
-    rows = [*(beside.rows if beside else ()), *rows]
-    return write_report(rows, grid.task, folder, name, command)
+    commands, every = joined(command, rows, beside)
+    return write_report(every, grid.task, folder, name, commands)
 
 
 def tune(grid: Grid, out: Path, name: str = "tuning", **given: Any) -> Path:

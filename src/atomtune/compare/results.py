@@ -6,7 +6,8 @@ import json
 import platform
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -38,7 +39,7 @@ def restore(path: Path, cells: Iterable[Cell], folder: Path) -> int:
     """
     if not path.is_file():
         return 0
-    try:
+    with _whole(path):
         result = json.loads(path.read_bytes())
         known, measured = result.get("cells", {}), [row for row in result["rows"] if "error" not in row]
         by_key: dict[str, list[Row]] = {}
@@ -49,9 +50,16 @@ def restore(path: Path, cells: Iterable[Cell], folder: Path) -> int:
             if cell.key in known and cell.key in by_key and store.read(cell) is None:
                 store.write(Outcome(cell, plain_rows(by_key[cell.key]), None, **known[cell.key]))
                 restored += 1
+    return restored
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Inside, a result file is read: what does not fit is told as a file that is not whole."""
+    try:
+        yield
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"`results` holds {path.name}, which is no whole result ({error}). Move it away.") from error
-    return restored
 
 
 @dataclass(frozen=True)
@@ -74,18 +82,26 @@ def others(path: Path, cells: Sequence[Cell], settings: Mapping[str, Any]) -> Ot
     if not path.is_file():
         return None
     own = {(c.method, c.subject, c.seed, size) for c in cells for size in (c.config.get("size", 0), None)}
-    try:
+    with _whole(path):
         result = json.loads(path.read_bytes())
         theirs = result.get("settings")
         # The row of a failed cell has no size.
         rows = [r for r in result["rows"] if (r["method"], r["subject"], r["seed"], r.get("size")) not in own]
-        kept = {key: how for key, how in result.get("cells", {}).items() if any(r["cell"] == key for r in rows)}
+        keys = {r["cell"] for r in rows}
+        kept = {key: how for key, how in result.get("cells", {}).items() if key in keys}
         found = Others(result["command"], sum(how["seconds"] for how in kept.values()), kept, rows)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"`results` holds {path.name}, which is no whole result ({error}). Move it away.") from error
     if theirs != settings:
         raise UserError(f"`add` needs a result with settings {settings}; {path.name} has {theirs}. Name another.")
     return found
+
+
+def joined(
+    command: str, rows: Sequence[Mapping[str, Any]], beside: Others | None
+) -> tuple[str, list[Mapping[str, Any]]]:
+    """The commands, one a line and each once, and the rows of a result: those of others before our own."""
+    if beside is None:
+        return command, list(rows)
+    return "\n".join(dict.fromkeys([*beside.command.splitlines(), command])), [*beside.rows, *rows]
 
 
 def write_result(
@@ -110,16 +126,14 @@ def write_result(
     import importlib.metadata
 
     begin = datetime.now(UTC) - timedelta(seconds=seconds)
-    commands = [_without_paths(command)]
-    if beside:
-        seconds, commands = seconds + beside.seconds, [*beside.command.splitlines(), *commands]
+    commands, every = joined(_without_paths(command), rows, beside)
     result = {
-        "command": "\n".join(dict.fromkeys(commands)),
+        "command": commands,
         "atomtune": importlib.metadata.version("atomtune"),
         **({} if commit is None else {"commit": commit}),
         "machine": _without_paths(machine or f"{platform.machine()}, {platform.system()}"),
         "started": started or begin.isoformat(timespec="seconds"),
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds + (beside.seconds if beside else 0), 1),
     }
     if settings is not None:
         result["settings"] = dict(settings)
@@ -130,7 +144,6 @@ def write_result(
     }
     if measured := {**(beside.cells if beside else {}), **measured}:
         result["cells"] = measured
-    every = [*(beside.rows if beside else ()), *rows]
     result["rows"] = [
         {column: _short(value) for column, value in row.items()} for row in (plain_rows(every) if every else ())
     ]

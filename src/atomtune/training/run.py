@@ -334,7 +334,6 @@ class Run:
             for part in range(o.grad_accumulation):
                 self.total(step, self._losses(self.micro(step, part)), terms).backward()
         mean_gradients(self.parameters(), self.processes)
-        mean_values((b for s in self._sparsifiers() for b in s.buffers() if b.is_floating_point()), self.processes)
         return terms
 
     def total(self, step: int, losses: dict[str, Tensor], terms: dict[str, float]) -> Tensor:
@@ -354,19 +353,17 @@ class Run:
         The gate learns from labels; here it stands open, so that atoms learn to be silent themselves. In backward too:
         gradient checkpointing runs the forward again.
         """
-        sparsifiers = self._sparsifiers()
+        sparsifiers = [layer.dictionary(self.name).sparsifier for layer in atom_layers(self.base, self.name).values()]
         with open_gate(self.base, self.name), self._taking_part(step):
             # Those that choose among a whole batch do so in training alone.
             for sparsifier in sparsifiers:
                 sparsifier.train()
             try:
                 yield
+                mean_values((b for s in sparsifiers for b in s.buffers() if b.is_floating_point()), self.processes)
             finally:
                 for sparsifier in sparsifiers:
                     sparsifier.eval()
-
-    def _sparsifiers(self) -> list[nn.Module]:
-        return [layer.dictionary(self.name).sparsifier for layer in atom_layers(self.base, self.name).values()]
 
     def _taking_part(self, step: int) -> ExitStack:
         """Which atoms take part in a step, and from which code on, as lots drawn anew each step say.

@@ -415,6 +415,11 @@ def fingerprint(model: Any, through: torch.dtype = torch.float32) -> str:
     a library's upgrade adds fields to it. Where parameters are quantized or not in memory, they are skipped, and
     the result starts with `partial:`; such a result can't be compared with a full one.
     """
+    return _fingerprints(model, through)[0]
+
+
+def _fingerprints(model: Any, *through: torch.dtype) -> list[str]:
+    """`fingerprint` through each of some precisions, the weights read once."""
     base = unwrap(model)
     ours = {
         id(parameter)
@@ -426,13 +431,14 @@ def fingerprint(model: Any, through: torch.dtype = torch.float32) -> str:
     }
     named = sorted((site_name(name), p) for name, p in base.named_parameters() if id(p) not in ours)
     plain = [(name, p.detach()) for name, p in named if _is_plain(p)]
-    digest = hashlib.sha256(type(base).__name__.encode())
+    digests = [hashlib.sha256(type(base).__name__.encode()) for _ in through]
     for name, parameter in plain:
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
         flat = parameter.flatten()
-        sample = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES]
-        digest.update(sample.to(through).to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
-    return ("" if len(plain) == len(named) else PARTIAL) + digest.hexdigest()
+        sample = flat[:: max(1, len(flat) // _SAMPLES)][:_SAMPLES].cpu()
+        for digest, precision in zip(digests, through, strict=True):
+            digest.update(f"{name}{tuple(parameter.shape)}".encode())
+            digest.update(sample.to(precision).to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return [("" if len(plain) == len(named) else PARTIAL) + digest.hexdigest() for digest in digests]
 
 
 def _is_plain(parameter: nn.Parameter) -> bool:
@@ -441,8 +447,8 @@ def _is_plain(parameter: nn.Parameter) -> bool:
 
 def note_base(config: AtomConfig, base: nn.Module) -> None:
     """Fill in what the base looks like; where it can't be read, what was known of it tells more."""
-    for name, through in (("base_fingerprint", torch.float32), ("base_fingerprint_float16", torch.float16)):
-        found = fingerprint(base, through)
+    names = ("base_fingerprint", "base_fingerprint_float16")
+    for name, found in zip(names, _fingerprints(base, torch.float32, torch.float16), strict=True):
         if getattr(config, name) is None or not found.startswith(PARTIAL):
             setattr(config, name, found)
 
@@ -455,8 +461,8 @@ def prints_of(config: AtomConfig) -> set[str]:
 def _check_base(base: nn.Module, config: AtomConfig, allow_other_base: bool) -> None:
     if config.base_fingerprint is None:
         return
-    here, there = fingerprint(base), config.base_fingerprint
-    if prints_of(config) & {here, fingerprint(base, torch.float16)}:
+    (here, halved), there = _fingerprints(base, torch.float32, torch.float16), config.base_fingerprint
+    if prints_of(config) & {here, halved}:
         return
     if here.startswith(PARTIAL) != there.startswith(PARTIAL):
         warnings.warn(
