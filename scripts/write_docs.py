@@ -21,7 +21,18 @@ from measure_scale import MODELS, error_on_largest, projected
 from atomtune.backbones import BACKBONES, unet
 from atomtune.backbones.noising import scheduled
 from atomtune.cli import COMMANDS
-from atomtune.compare.tables import cells_of, difference, interval, markdown, ratio, summarise
+from atomtune.compare.tables import (
+    Cells,
+    Interval,
+    base_reference,
+    cells_of,
+    difference,
+    interval,
+    markdown,
+    method_hypervolume,
+    ratio,
+    summarise,
+)
 from atomtune.editing.options import Point
 
 ROOT = Path(__file__).parents[1]
@@ -127,6 +138,54 @@ def customization_table() -> str:
     }
     columns = ("similarity", "object_accuracy", "alignment", "drift", "pixel_drift", "bleed", "inner_leak", "silence")
     return chosen("customization", points, columns)
+
+
+def paired_table() -> str:
+    """Customization's points against each other, paired over subjects and seeds."""
+    rows, command = rows_of("customization")
+    base = {"method": "base"}
+    full = {method: {"method": method, "knob": "full", "gate": False} for method in ("atoms", "lora")}
+    adapter = {"method": "adapter", "knob": "full"}
+    contained = {"method": "atoms", "knob": "contain", "knob_value": 1.0}
+    pairs: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "atoms against LoRA": (full["atoms"], full["lora"]),
+        "atoms against the adapter": (full["atoms"], adapter),
+        "contained atoms against LoRA": (contained, full["lora"]),
+        "contained atoms against the adapter": (contained, adapter),
+        "contained atoms against atoms": (contained, full["atoms"]),
+        "a tenth, refitted, against all atoms": ({"method": "atoms", "knob": "refit"}, full["atoms"]),
+    }
+
+    def of(wanted: dict[str, Any], measure: str) -> Cells:
+        return cells_of([row for row in rows if wanted.items() <= row.items()], measure)
+
+    def beyond(wanted: dict[str, Any]) -> Cells:
+        """Inner leak, less the base's."""
+        own, plain = of(wanted, "inner_leak"), of(base, "inner_leak")
+        return {s: {k: None if v is None else v - plain[s][k] for k, v in inner.items()} for s, inner in own.items()}
+
+    header = ("likeness gained", "likeness kept", "alignment, points", "drift", "bleed", "inner leak over the base's")
+    lines = [f"| paired over subjects | {' | '.join(header)} |", f"|---|{'---:|' * len(header)}"]
+    for name, (a, b) in pairs.items():
+        gained = difference(of(a, "alignment"), of(b, "alignment"))
+        cells = [
+            spread(difference(of(a, "similarity"), of(b, "similarity")), "+.3f"),
+            spread(ratio(of(a, "similarity"), of(b, "similarity")), ".1%"),
+            spread(Interval(100 * gained.mean, 100 * gained.low, 100 * gained.high, 0, 0), "+.1f"),
+            *(spread(ratio(of(a, m), of(b, m)), ".2f") for m in ("drift", "bleed")),
+            spread(ratio(beyond(a), beyond(b)), ".2f"),
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    volumes = [
+        f"{entry['method']}{' with its gate' if entry['gate'] else ''} {entry['hypervolume'].mean:.3f}"
+        for entry in method_hypervolume(rows, base_reference(rows))
+        if entry["method"] != "base"
+    ]
+    return with_command([*lines, "", f"Hypervolume: {', '.join(volumes)}."], command)
+
+
+def spread(value: Interval, form: str) -> str:
+    return f"{value.mean:{form}} ({value.low:{form}} to {value.high:{form}})"
 
 
 def kept_table() -> str:
@@ -325,6 +384,7 @@ TABLES = {
     },
     "docs/backbones.md": {"backbones": backbones_table},
     "docs/method.md": {
+        "paired": paired_table,
         "mixing": mixing_table,
         "editing": editing_table,
         "plain": plain_table,

@@ -103,6 +103,10 @@ class Atom:
     def _within(self, word: str) -> str:
         return f"{self.part}/{word}" if self.part else word
 
+    def is_at(self, site: str) -> bool:
+        """Whether that is its site, by number (`L17`) or the end of its path."""
+        return site == f"L{self.site}" or f".{self.path}".endswith(f".{site}")
+
     @property
     def dead(self) -> bool:
         """Whether it never fired on what was measured."""
@@ -346,10 +350,10 @@ def find_each(ranked: Sequence[Atom], values: Mapping[str, T]) -> dict[Atom, T]:
 
 def at_site(ranked: Sequence[Atom], name: str) -> list[Atom]:
     """All atoms of a site, by its number (`L17`) or the end of its path. Raises UserError where there is none."""
-    found = [a for a in ranked if name in (f"L{a.site}", a._within(f"L{a.site}")) or f".{a.path}".endswith(f".{name}")]
+    found = [a for a in ranked if a.is_at(name) or (a.part and a.is_at(name.removeprefix(f"{a.part}/")))]
     if not found:
         ends = {a.path.split(".", n)[-1] for a in ranked for n in range(a.path.count(".") + 1)}
-        known = ends | {a._within(f"L{a.site}") for a in ranked}
+        known = ends | {a._within(end) for a in ranked for end in (f"L{a.site}", a.path.rpartition(".")[2])}
         raise UserError(f"The adapter has no site {name!r}.{did_you_mean(name, known)}")
     return found
 

@@ -12,7 +12,9 @@ class UserError(ValueError):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """` Did you mean ...?` for an error about an unknown name, or nothing where no known one is close."""
-    close = difflib.get_close_matches(name, sorted(set(known)), n=3, cutoff=0.7)
+    names = sorted(set(known))
+    tails = [other for other in names if other.partition("/")[2] == name]
+    close = tails[:3] or difflib.get_close_matches(name, names, n=3, cutoff=0.7)
     return f" Did you mean {' or '.join(f'`{other}`' for other in close)}?" if close else ""
 
 

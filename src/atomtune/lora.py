@@ -23,12 +23,13 @@ from atomtune.data.prompts import split_held_out
 from atomtune.errors import UserError
 from atomtune.measure import pixel_drift
 from atomtune.measure.reads import watch
+from atomtune.mix import Mixture
 from atomtune.sampling import generate
 from atomtune.training.ends import NAME, attach_atoms
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import mentions, replaced, triggered, unrelated_list
 from atomtune.training.run_folder import OPTIONS, stored
-from atomtune.tuner import adapter_config, atom_layers, base_only
+from atomtune.tuner import adapter_config, atom_layers, base_only, unwrap
 from atomtune.tuner.lora import Factors, added, codes_in_effect, error_of, lora_of, reduced_rank, rotated, save_lora
 
 PICTURES = 12
@@ -74,6 +75,8 @@ def export_lora(
     normalization) are exported exactly where `rank` holds them. Raises UserError on a rank that no site can have, and
     where the adapter adds nothing to what is painted from the prompts.
     """
+    if isinstance(adapter, Mixture):
+        raise UserError("A mixture can't be exported as it is. Merge its parts: atomtune mix --one-file, `mix.merge`.")
     pipe, layers = adapter.pipe, atom_layers(adapter.pipe, adapter.name)
     most = min(min(layer.in_features, layer.out_features) for layer in layers.values())
     if not 1 <= rank <= most:
@@ -91,7 +94,7 @@ def export_lora(
         atoms = layer.dictionary(adapter.name).atoms.detach().double()
         parts[site] = exact[site] or reduced_rank(concept[site] + weight * unrelated[site], atoms, rank)
         errors[site] = error_of(*parts[site], concept[site], atoms)
-    if not any(energy for _, energy in errors.values()) and not all(exact.values()):
+    if not any(energy for _, energy in errors.values()):
         raise UserError(
             f"`prompt` must make atoms fire, got {prompts[0]!r} and the like. Name the concept, as captions did."
         )
@@ -155,9 +158,11 @@ def grams(adapter: Adapter, prompts: Sequence[str], **call: Any) -> dict[str, Fl
 
 
 def _exact(adapter: Adapter, site: str, rank: int) -> tuple[Tensor, Tensor] | None:
-    """The factors of atoms that are LoRA, where the rank holds them."""
+    """The factors of atoms that are LoRA, where the rank holds them and no dial limits where or when they act."""
     config, layer = adapter_config(adapter.pipe, adapter.name), atom_layers(adapter.pipe, adapter.name)[site]
     if config.sparsifier != "dense" or config.normalize or config.encoder_bias or layer.r[adapter.name] > rank:
+        return None
+    if any(adapter.name in dials for dials in (layer.floors, layer.steering, layer.replaced)):
         return None
     dictionary = layer.dictionary(adapter.name)
     strength = layer.atom_strength[adapter.name] * layer.scaling[adapter.name]
@@ -217,7 +222,7 @@ def _reads(pipe: Any, parts: Factors, prompts: Sequence[str], **call: Any) -> tu
         some = torch.randperm(int(real.sum()), generator=generator)[:ROWS]
         seen[site].append(x[real][some.to(x.device)].float() @ parts[site][0].T)
 
-    modules = dict(denoiser(pipe).named_modules())
+    modules = dict(unwrap(pipe).named_modules())
     with watch(pipe, {site: modules[site] for site in parts}, note):
         pictures = generate(pipe, prompts, **call)
     return pictures, {site: torch.cat(kept) for site, kept in seen.items()}

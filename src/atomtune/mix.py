@@ -22,12 +22,13 @@ from atomtune.adapter import Adapter, OwnWords, Steering, concept_of, load
 from atomtune.atoms import Atom, Statistics
 from atomtune.backbones import backbone_of, denoiser, placed
 from atomtune.data.picture import to_tensor
-from atomtune.errors import UserError
+from atomtune.errors import UserError, did_you_mean
 from atomtune.files import write_whole
 from atomtune.own_words import UNTIL
 from atomtune.sampling import generate
-from atomtune.steering import Steer
+from atomtune.steering import is_named
 from atomtune.tuner.mixture import MIXTURE, check_parts, merge_parts, off_on_error, same_base
+from atomtune.tuner.notes import LONGEST
 from atomtune.tuner.store import read
 
 TIMES = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -77,22 +78,25 @@ class Mixture(Adapter):
         steers = steer if isinstance(steer, Mapping) else dict.fromkeys(self.parts, steer)
         for name in steers.keys() - self.parts.keys():
             raise UserError(f"`steer`: the parts are {', '.join(self.parts)}, got {name!r}.")
+        own = {name: [replace(a, part="") for a in ranked if a.part == name] for name in self.parts}
+        known = {} if isinstance(steer, Mapping) else own
         with ExitStack() as stack:
             for name, part in self.parts.items():
-                own = [replace(a, part="") for a in ranked if a.part == name]
-                meant = [s for steer in steers.get(name, ()) if (s := self._of_part(steer, name))]
-                stack.enter_context(part.steered(meant, own))
+                given = steers.get(name, ())
+                meant = [replace(s, atoms=s.names and self._of_part(s.names, name, known)) for s in given]
+                stack.enter_context(part.steered([s for s in meant if s.atoms is None or s.atoms], own[name]))
             yield
 
-    def _of_part(self, steer: Steer, part: str) -> Steer | None:
-        """What a steer says of a part: of names such as `style/L17`, its own, and all that name none."""
-        if steer.atoms is None:
-            return steer
-        given = [steer.atoms] if isinstance(steer.atoms, str) else steer.atoms
-        named = [
-            name.removeprefix(f"{part}/") for name in given if name.partition("/")[0] not in self.parts.keys() - {part}
-        ]
-        return replace(steer, atoms=named) if named else None
+    def _of_part(self, names: Sequence[str], part: str, own: Mapping[str, Sequence[Atom]]) -> list[str]:
+        """Of names such as `style/L17` those of a part, and of names of no part those that are not others' alone."""
+        mine = []
+        for name in names:
+            owner, within, rest = name.partition("/")
+            if within and owner in self.parts:
+                mine += [rest] if owner == part else []
+            elif is_named(name, own.get(part, ())) or not any(is_named(name, atoms) for atoms in own.values()):
+                mine.append(name)
+        return mine
 
     @contextmanager
     def contained(self, contain: float = 0.0, beside: float = 0.0) -> Iterator[None]:
@@ -269,6 +273,10 @@ def orthogonality(mixture: Mixture, first: str, second: str) -> float:
     1 - sum |A B'|^2 / sqrt(sum |A A'|^2 sum |B B'|^2) over sites, each atom as long as its mean importance: one less
     the RV coefficient (Robert & Escoufier 1976).
     """
+    for name in (first, second):
+        if name not in mixture.parts:
+            hint = did_you_mean(name, mixture.parts)
+            raise UserError(f"The parts are {', '.join(mixture.parts)}, got {name!r}.{hint}")
     a, b = (
         {path: x * mixture.parts[name].statistics[path]["mean"][:, None] for path, x in mixture.written(name).items()}
         for name in (first, second)
@@ -300,7 +308,21 @@ def merge(mixture: Mixture, name: str = "merged") -> Adapter:
     merged = Adapter(mixture.pipe, statistics, name)
     sites = tuner.adapter_config(mixture.pipe, name).sites or []
     old = {f"L{sites.index(a.path)}[{a.id + offsets[a.part]}]": a for a in atoms}
-    labels = {new: f"{a.part} {a.label}" for new, a in old.items() if a.label}
+    labels = _labels(old)
     with off_on_error(mixture.pipe, name, mixture.parts):
         surgery.name(merged, labels, {new: a.note for new, a in old.items()})
     return merged
+
+
+def _labels(old: Mapping[str, Atom]) -> dict[str, str]:
+    """Part and label of each atom that has one, as a label: not too long, and none twice."""
+    found: dict[str, str] = {}
+    for new, atom in old.items():
+        if atom.label:
+            whole = f"{atom.part} {atom.label}".lstrip("_-")
+            label, turn = whole[:LONGEST], 1
+            while label in found.values():
+                turn += 1
+                label = f"{whole[: LONGEST - 4]} {turn}"
+            found[new] = label
+    return found

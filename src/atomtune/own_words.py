@@ -35,11 +35,11 @@ def own_words(pipe: Any, instead: Mapping[str, str], adapter: str = "default", u
     out. Codes on prompt tokens and the prompt gate stay the prompt's. A forward costs two. Raises UserError when a
     prompt is encoded that says none of them.
     """
+    if not 0 <= until < 1:
+        raise UserError(f"`own_until` must be at least 0, the whole way, and below 1, got {until}.")
     if not instead:
         yield
         return
-    if not 0 <= until < 1:
-        raise UserError(f"`own_until` must be at least 0, the whole way, and below 1, got {until}.")
     for said, own in instead.items():
         if not said.strip() or not isinstance(own, str):
             raise UserError(f"`own_words` must map words of the prompt to others, got {said!r}: {own!r}.")

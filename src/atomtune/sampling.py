@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from atomtune.backbones import backbone_of, call_arguments, denoiser
+from atomtune.backbones import backbone_of, call_arguments, denoiser, encoding
 from atomtune.errors import UserError
 from atomtune.tuner import hold_gate
 
@@ -80,13 +80,17 @@ def _one_a_prompt(name: str, value: Any, number: int) -> bool:
 
 @contextmanager
 def prompt_gates(pipe: Any, prompts: str | Sequence[str]) -> Iterator[None]:
-    """Inside, each picture has its prompt's gate, in the branch without words too. One prompt a picture, in order.
+    """Inside, each picture has its prompt's gate, in the branch without words too: of these prompts, in order.
 
     Guidance steps away from the branch without words. By itself that branch's gate is shut, so that guidance leads
     away from a base that does not know the concept: about twice as far as it should (LOG.md).
     """
     told = [prompts] if isinstance(prompts, str) else list(prompts)
-    with hold_gate(denoiser(pipe), lambda: backbone_of(pipe).encode_prompts(pipe, told)):
+    with (
+        hold_gate(denoiser(pipe), lambda: backbone_of(pipe).encode_prompts(pipe, told)) as spread,
+        # A pipeline that paints several pictures of a prompt repeats what it encoded.
+        encoding(pipe, lambda prompts, found: spread(max(1, len(found[0]) // len(prompts)))),
+    ):
         yield
 
 

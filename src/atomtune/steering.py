@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from atomtune.atoms import Atom, at_site, find
-from atomtune.backbones import Backbone, Embeds, Heard, backbone_of, denoiser, named, word_tokens
+from atomtune.backbones import Backbone, Embeds, Heard, backbone_of, denoiser, encoding, named, word_tokens
 from atomtune.data.picture import mask_shares
 from atomtune.errors import UserError
 from atomtune.tuner import atom_layers, unwrap
@@ -58,6 +58,11 @@ class Steer:
             raise UserError(f"`words` must be some of the prompt's words, or empty for none, got {self.words!r}.")
         _ = self.mask
 
+    @property
+    def names(self) -> Sequence[str] | None:
+        """`atoms` as a list."""
+        return [self.atoms] if isinstance(self.atoms, str) else self.atoms
+
     @functools.cached_property
     def mask(self) -> Float[Tensor, "height width"] | None:
         """`where` as numbers in [0, 1]."""
@@ -79,7 +84,7 @@ def steered(pipe: Any, steers: Sequence[Steer], ranked: Sequence[Atom], adapter:
     backbone, model, layers = backbone_of(pipe), denoiser(pipe), atom_layers(pipe, adapter)
     plan: dict[str, list[tuple[int, Tensor | None]]] = {}
     for number, steer in enumerate(steers):
-        for path, chosen in _chosen(steer.atoms, ranked).items():
+        for path, chosen in _chosen(steer.names, ranked).items():
             plan.setdefault(path, []).append((number, None if chosen.all() else chosen))
     # Inside another steering, whose hook runs first, this one multiplies what that one has set.
     inner = {path for path in plan if adapter in layers[path].steering}
@@ -106,14 +111,21 @@ def steered(pipe: Any, steers: Sequence[Steer], ranked: Sequence[Atom], adapter:
                 layers[path].steering.pop(adapter, None)
 
 
-def _chosen(names: str | Sequence[str] | None, ranked: Sequence[Atom]) -> dict[str, Bool[Tensor, " n_atoms"]]:
+def _chosen(names: Sequence[str] | None, ranked: Sequence[Atom]) -> dict[str, Bool[Tensor, " n_atoms"]]:
     """Which atoms are meant, by site."""
-    given = [names] if isinstance(names, str) else names
     sizes = Counter(atom.path for atom in ranked)
     found: dict[str, Tensor] = {}
-    for atom in ranked if given is None else [a for name in given for a in _named(name, ranked)]:
+    for atom in ranked if names is None else [a for name in names for a in _named(name, ranked)]:
         found.setdefault(atom.path, torch.zeros(sizes[atom.path], dtype=torch.bool))[atom.row] = True
     return found
+
+
+def is_named(name: str, ranked: Sequence[Atom]) -> bool:
+    """Whether some of these atoms, or a site of theirs, are of that name."""
+    try:
+        return bool(_named(name, ranked))
+    except UserError:
+        return False
 
 
 def _named(name: str, ranked: Sequence[Atom]) -> list[Atom]:
@@ -192,26 +204,21 @@ def listening(pipe: Any, hear: Callable[[list[str]], None]) -> Iterator[Callable
     heard: a family that encodes them by themselves does so after the prompts and before any forward. What `hear` itself
     lets the pipeline encode is heard by nobody, as is what `unheard` covers. `field` is what an error names.
     """
-    encode, around = pipe.encode_prompt, vars(pipe).get("encode_prompt")
     said: list[str] = []
     # A family may encode its prompts by parts, of different widths: which are looked up by is the gate's input.
     known: dict[int, Embeds] = {}
     used = False
 
-    def listen(*args: Any, **kwargs: Any) -> Any:
+    def listen(prompts: list[str], found: Any) -> None:
         nonlocal said, used
-        given = kwargs.get("prompt", args[0] if args else None) or []
-        prompts = [given] if isinstance(given, str) else list(given)  # Z-Image's pipeline overwrites it
-        found = encode(*args, **kwargs)
-        if prompts and (used or not known):
+        if used or not known:
             said, used = [], False
             known.clear()
             with unheard(pipe):
                 hear(prompts)
             said = prompts
-        if prompts and prompts == said:
+        if prompts == said:
             known[found[0][0].shape[-1]] = found[0]
-        return found
 
     def which(embeds: Embeds, field: str) -> list[int]:
         nonlocal used
@@ -225,10 +232,5 @@ def listening(pipe: Any, hear: Callable[[list[str]], None]) -> Iterator[Callable
             raise UserError(f"`{field}` heard {said} last, of which no picture was painted. Paint again.")
         return [row * len(said) // len(spoken) for row in rows]
 
-    pipe.encode_prompt = listen
-    try:
+    with encoding(pipe, listen):
         yield which
-    finally:
-        del pipe.encode_prompt
-        if around is not None:
-            pipe.encode_prompt = around

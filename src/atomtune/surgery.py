@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from atomtune.adapter import Adapter
 from atomtune.atoms import find_each
+from atomtune.errors import UserError
 from atomtune.tuner.notes import Notes, check_notes, notes
 
 
@@ -41,6 +42,9 @@ def name(adapter: Adapter, labels: Mapping[str, str], texts: Mapping[str, str] |
             fresh[a.part or adapter.name][replace(a, part="").name] = {k: v for k, v in entry.items() if v}
     for found in fresh.values():
         check_notes(found, "`name`")
+    for a, entry in entries.items():
+        if entry["label"] and any(b.is_at(entry["label"]) for b in atoms):
+            raise UserError(f"`name`: a label must not be a site's name, got {entry['label']!r} for {a.name}.")
     for part, found in fresh.items():
         there = notes(adapter.pipe, part)
         there.clear()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from pipelines import CAPTIONS, FAMILIES, SIZE, Family, Made
-from torch import Tensor
+from torch import Tensor, nn
 
 import atomtune
 from atomtune.adapter import Adapter
@@ -25,6 +25,7 @@ from atomtune.backbones import (
     Backbone,
     backbone_of,
     base_name,
+    call_arguments,
     denoiser,
     join,
     named,
@@ -519,6 +520,42 @@ def test_both_branches_of_guidance_have_the_gate_of_the_prompt(run: Path, pipe: 
     alone = paint(pipe, family, [CONCEPT], guided=True)
     with override_gate(denoiser(pipe), 1.0):
         assert np.array_equal(alone, paint(pipe, family, [CONCEPT], guided=True))
+    seen = []
+    handle = denoiser(pipe).register_forward_pre_hook(lambda *_: seen.append(gates_of(pipe)))
+    with atomtune.prompt_gates(pipe, prompts):
+        how = {**call_arguments(pipe, prompts, {}), **SIZE, **(family.guided or family.plain)}
+        if "negative_prompt" in how:
+            how["negative_prompt"] = [""] * len(prompts)
+        pipe(prompt=prompts, num_inference_steps=STEPS, num_images_per_prompt=2, **how)
+    handle.remove()
+    assert all(rows in ([0, 0, 1, 1], [0, 0, 1, 1] * 2) for rows in seen), "several pictures of a prompt have its gate"
+    assert seen
+
+
+def gates_of(pipe: Any) -> list[float]:
+    """Of the rows of the forward that has begun."""
+    return denoiser(pipe).atom_gate.values.read("default").tolist()
+
+
+def test_no_words_are_what_guidance_steps_away_from(pipe: Any, backbone: Backbone, family: Family) -> None:
+    """What training learns as the branch without words is that branch."""
+    if not family.guided:
+        pytest.skip("no such branch")
+    told: list[tuple[Tensor, ...]] = []
+    base = denoiser(pipe)
+
+    def hear(_: nn.Module, args: Any, given: dict[str, Any]) -> None:
+        heard = backbone.heard(base, named(base, args, given)).conditioning
+        told.append((heard[backbone.gate_input], heard[backbone.gate_mask] if backbone.gate_mask else None))
+
+    handle = base.register_forward_pre_hook(hear, with_kwargs=True)
+    paint(pipe, family, [CONCEPT], guided=True)
+    handle.remove()
+    own = backbone.encode_prompts(pipe, [""])
+    mask = own[backbone.gate_mask][0].bool() if backbone.gate_mask else slice(None)
+    wanted = own[backbone.gate_input][0][mask]
+    rows = [row[m[i].bool() if m is not None else slice(None)] for embeds, m in told for i, row in enumerate(embeds)]
+    assert any(row.shape == wanted.shape and torch.equal(row, wanted) for row in rows)
 
 
 def test_a_pruned_adapter_reloads_equal(run: Path, pipe: Any, family: Family, tmp_path: Path) -> None:

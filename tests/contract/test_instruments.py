@@ -136,12 +136,17 @@ def test_an_adapter_read_again_is_the_same_bit_for_bit(adapter: Adapter, name: s
 
 # One of each way into a forward: a recorder, plain, rows with strengths of their own, hooks on layers and on the model.
 @pytest.mark.usefixtures("shapes_unchecked")
+@pytest.mark.parametrize("warm", [False, True], ids=["fresh", "warm"])
 @pytest.mark.parametrize("name", ["fired", "alignment", "strips", "export", "generate", "blended"])
-def test_compiled_it_is_the_same(adapter: Adapter, name: str) -> None:
+def test_compiled_it_is_the_same(adapter: Adapter, name: str, warm: bool) -> None:
+    """Also where a graph was made for these shapes before the instrument puts its hooks in."""
     torch._dynamo.reset()
     expected, plain = numbers(name, adapter, 8), adapter.pipe.transformer
     adapter.pipe.transformer = torch.compile(plain, backend="eager")
     try:
+        if warm:
+            for rows in (5, 8):
+                paint(adapter, rows)
         assert close(expected, numbers(name, adapter, 8))
     finally:
         adapter.pipe.transformer = plain

@@ -20,6 +20,7 @@ from atomtune.cli import main
 from atomtune.data.folder import scan
 from atomtune.errors import UserError
 from atomtune.lora import captions, export_lora, fit_autoencoder, import_lora, learned
+from atomtune.steering import Steer
 from atomtune.training.ends import attach_atoms
 from atomtune.training.options import TrainOptions
 from atomtune.tuner import atom_layers
@@ -144,6 +145,23 @@ def test_an_export_is_near_and_says_how_far_it_is(pipe: Any, predict: Predict, t
     pipe.load_lora_weights(str(tmp_path))
     assert (predict() - adapted).norm() < 0.7 * (base - adapted).norm()
     pipe.transformer.unload_lora()
+
+
+def test_dense_atoms_that_are_limited_are_no_lora(pipe: Any, tmp_path: Path) -> None:
+    """Where a dial leaves nothing, there is nothing to export; where it leaves some, the least squares see that."""
+    adapter = random_atoms(pipe, 3, sparsifier="dense", normalize=False, encoder_bias=False)
+    seen = {name: torch.ones(3) for name in ("effect", "density", "purity")}
+    adapter.statistics = dict.fromkeys(atom_layers(pipe), seen)
+    whole = export_lora(adapter, tmp_path / "whole", [PROMPT], rank=3, steps=1)
+    with (
+        adapter.using(steer=[Steer(strength=0)]),
+        pytest.raises(UserError, match="`prompt` must make atoms fire"),
+    ):
+        export_lora(adapter, tmp_path / "none", [PROMPT], rank=3, steps=1)
+    with adapter.using(steer=[Steer(time=(0.99, 1.0), strength=0.5)]):
+        half = export_lora(adapter, tmp_path / "half", [PROMPT], rank=3, steps=1)
+    assert half.drift_before < whole.drift_before
+    adapter.remove()
 
 
 def test_prompts_that_no_atom_hears_are_told(pipe: Any, tmp_path: Path) -> None:

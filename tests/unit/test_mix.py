@@ -16,13 +16,14 @@ from PIL import Image
 from pipelines import lumina2
 
 import atomtune
-from atomtune import surgery
+from atomtune import atoms, surgery
 from atomtune.adapter import Adapter, base_of
 from atomtune.atoms import noised_pass
 from atomtune.backbones import backbone_of
 from atomtune.cli import main
 from atomtune.data.picture import to_tensor
 from atomtune.errors import UserError
+from atomtune.lora import export_lora
 from atomtune.measure.regions import attribution
 from atomtune.mix import TIMES, concepts, conflicts, merge, mix, orthogonality, weaker
 from atomtune.sparse import Dictionary
@@ -119,7 +120,8 @@ def test_a_mixture_is_its_parts_together_saved_or_merged(pipe: Any, tmp_path: Pa
         remove_adapter(pipe, part)
     mixture = mix(pipe, folders, weights)
     assert torch.equal(paint(pipe), together)
-    surgery.name(mixture.parts["b"], {"L0[1]": "leaves"})
+    long = {f"L0[{i}]": f"{'long ' * 11}{i}" for i in (2, 3)}  # too long with the part before it, and then the same
+    surgery.name(mixture.parts["b"], {"L0[1]": "leaves", **long})
     mixture.save(tmp_path / "m")
     merge(mixture).save(tmp_path / "one")
     total = len(mixture.atoms)
@@ -136,6 +138,13 @@ def test_a_mixture_is_its_parts_together_saved_or_merged(pipe: Any, tmp_path: Pa
     assert not torch.allclose(together, plain, atol=1e-2)
     assert len({a.name for a in one.atoms}) == total
     assert one.atoms["b leaves"].importance == pytest.approx((2 + 3) * 0.5)
+    assert sum("long" in a.label for a in one.atoms) == 2
+    with pytest.raises(UserError, match="The parts are a, b, c, got 'd'"):
+        orthogonality(mixture, "a", "d")
+    with pytest.raises(UserError, match=r"A mixture can't be exported as it is\. Merge"):
+        export_lora(mixture, tmp_path / "lora", PROMPTS)
+    with pytest.raises(UserError, match=r"m is a mixture\. Give one of its parts, or merge them"):
+        atoms.diff(tmp_path / "m", tmp_path / "a")
 
 
 @every_family
@@ -237,6 +246,17 @@ def test_steers_that_name_a_part_are_its_alone(pipe: Any, places: Path) -> None:
         with mixture.using(steer=by_part):
             assert torch.equal(paint(pipe), found)
         assert not torch.equal(found, mixed)
+    surgery.drop(mixture, [a.name for a in mixture.atoms if a.part == "a" and a.site == 1])
+    surgery.name(mixture, {"b/L1[0]": "ears"})
+    for name in ("L1", "ears", "b/to_out.0"):  # of one part only, whether it is named or not
+        with mixture.using(steer=[Steer(name, 0)]):
+            found = paint(pipe)
+        with mixture.using(steer={"b": [Steer(name.removeprefix("b/"), 0)]}):
+            assert torch.equal(paint(pipe), found)
+    with mixture.using(density={"b/to_out.0": 0.0}):
+        assert torch.equal(paint(pipe), found)
+    with pytest.raises(UserError, match=r"got 'ears'\. Did you mean `b/ears`"):
+        mixture.atoms["ears"]
     with pytest.raises(UserError, match="no site 'c/L0'"), mixture.using(steer=[Steer("c/L0", 0)]):
         pass
 
@@ -416,6 +436,8 @@ def test_commands(places: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main([*given, "--one-file", "--out", str(tmp_path / "one")]) == 0
     for arguments, message in (
         ([*given, "--out", m], "`out` must not exist yet"),
+        ([*given, "--one-file"], "`one_file` needs `out`"),
+        ([*given, "--drop-weaker"], "`drop_weaker` needs `out`"),
         ([*given, f"a={places / 'b'}"], "`adapter` must be like NAME=ADAPTER, each name once, got 'a="),
         ([*given, "--weight", "a=much"], "`weight` of a must be a finite number, got 'much'"),
         ([*given, "--drop-weaker", "--out", str(tmp_path / "x")], "`prompt` must be given"),

@@ -213,6 +213,22 @@ def test_saving_again_keeps_other_peoples_files(folder: Path) -> None:
     assert sorted(p.name for p in folder.parent.iterdir()) == ["run"]
 
 
+def test_saving_again_keeps_pictures_that_its_card_does_not_show(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "dog.png").write_bytes(b"png")
+    save(adapted(), folder, card={"pictures": [tmp_path / "dog.png"]})
+    (folder / "pictures/00000.png").write_bytes(b"painted later")
+    save(adapted(), folder)
+    assert [p.name for p in (folder / "pictures").iterdir()] == ["00000.png"]
+
+
+@pytest.mark.parametrize("name", ["README.md", "adapter_config.json"])
+def test_what_is_no_adapter_is_not_replaced(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"peft_type": "LORA"}')
+    with pytest.raises(UserError, match=rf"holds {name} that is no atom adapter's\. Choose another folder"):
+        save(adapted(), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
 @pytest.mark.parametrize("after", range(3))
 def test_a_crash_at_any_rename_leaves_a_good_adapter(folder: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     (folder / "log.txt").write_text("mine")

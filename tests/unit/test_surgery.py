@@ -102,6 +102,13 @@ def test_wrong_labels_change_nothing(label: str) -> None:
     assert notes(adapter.pipe) == {"L1[1]": {"label": "here"}}
 
 
+def test_a_label_takes_no_sites_name() -> None:
+    adapter = adapted()
+    with pytest.raises(UserError, match=r"a label must not be a site's name, got 'up' for L0\[1\]"):
+        name(adapter, {"L0[1]": "up"})
+    assert notes(adapter.pipe) == {}
+
+
 def test_broken_notes_load_nothing(tmp_path: Path) -> None:
     adapted().save(tmp_path)
     for text in ("{", "[]", '{"L0[0]": "x"}', '{"L0[0]": {"label": 3}}', '{"L0[0]": {"colour": ""}}'):

@@ -35,7 +35,7 @@ from atomtune.backbones.base import (
     placed,
     select,
 )
-from atomtune.backbones.reading import spelling, token_texts, word_tokens
+from atomtune.backbones.reading import encoding, spelling, token_texts, word_tokens
 from atomtune.errors import UserError, did_you_mean
 
 EMBEDDED = "embedded"
@@ -76,6 +76,7 @@ __all__ = [
     "call_arguments",
     "denoiser",
     "denoiser_name",
+    "encoding",
     "join",
     "named",
     "open_pipeline",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,6 +208,18 @@ def autoencoded(pipe: Any, pixels: Tensor) -> Tensor:
     out = pipe.vae.encode(pixels.to(pipe.vae.dtype))
     latents = out.latent if hasattr(out, "latent") else out.latent_dist.mode()
     return (latents - (getattr(pipe.vae.config, "shift_factor", None) or 0.0)) * pipe.vae.config.scaling_factor
+
+
+def bare(prompts: Sequence[str], found: Sequence[Tensor | None]) -> Conditioning:
+    """Of (embeddings, mask, those of no words, their mask), as pipelines with Gemma give them; empty prompts bare."""
+    embeds, mask, plain, plain_mask = found
+    assert embeds is not None
+    assert mask is not None
+    empty = torch.tensor([not prompt for prompt in prompts], device=mask.device)
+    if plain is not None and plain_mask is not None:
+        embeds = torch.where(empty[:, None, None], plain, embeds)
+        mask = torch.where(empty[:, None], plain_mask, mask)
+    return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
 
 
 def pack(latents: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch tokens four_channels"]:

@@ -7,14 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atomtune.backbones.base import Backbone, Conditioning, Grid, Heard, Layout, autoencoded, patches, picture, words
+from atomtune.backbones.base import (
+    Backbone,
+    Conditioning,
+    Grid,
+    Heard,
+    Layout,
+    autoencoded,
+    bare,
+    patches,
+    picture,
+    words,
+)
 from atomtune.backbones.reading import Reading
 
 
 @torch.no_grad()
 def encode_prompts(pipe: Any, prompts: list[str]) -> Conditioning:
-    embeds, mask, _, _ = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **call(pipe, prompts))
-    return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+    """No words are what guidance steps away from: without what stands before a prompt."""
+    return bare(prompts, pipe.encode_prompt(prompts, "" in prompts, **call(pipe, prompts)))
 
 
 def predict(model: nn.Module, latents: Tensor, s: Tensor, conditioning: Conditioning) -> Tensor:

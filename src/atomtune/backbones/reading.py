@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from atomtune.errors import UserError, did_you_mean
@@ -85,3 +86,25 @@ def word_tokens(readings: list[Reading], words: str) -> list[int]:
                 found.append(at + number)
         at += len(tokens)
     return found
+
+
+@contextmanager
+def encoding(pipe: Any, note: Callable[[list[str], Any], None]) -> Iterator[None]:
+    """Inside, `note` gets the prompts that the pipeline encodes, and what came of them."""
+    encode, around = pipe.encode_prompt, vars(pipe).get("encode_prompt")
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        given = kwargs.get("prompt", args[0] if args else None) or []
+        prompts = [given] if isinstance(given, str) else list(given)  # Z-Image's pipeline overwrites it
+        found = encode(*args, **kwargs)
+        if prompts:
+            note(prompts, found)
+        return found
+
+    pipe.encode_prompt = noted
+    try:
+        yield
+    finally:
+        del pipe.encode_prompt
+        if around is not None:
+            pipe.encode_prompt = around

@@ -23,10 +23,8 @@ def _instruction(pipe: Any) -> list[str]:
 
 @torch.no_grad()
 def encode_prompts(pipe: Any, prompts: list[str]) -> Conditioning:
-    embeds, mask, _, _ = pipe.encode_prompt(
-        prompts, do_classifier_free_guidance=False, complex_human_instruction=_instruction(pipe)
-    )
-    return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+    """No words are what guidance steps away from: without the instruction."""
+    return base.bare(prompts, pipe.encode_prompt(prompts, "" in prompts, complex_human_instruction=_instruction(pipe)))
 
 
 def predict(model: nn.Module, latents: Tensor, s: Tensor, conditioning: Conditioning) -> Tensor:

@@ -45,6 +45,9 @@ class Command:
 
         folders, weights = pairs("adapter", self.adapter, "NAME=ADAPTER"), pairs("weight", self.weight, "style=0.7")
         check_top(self.top)
+        for name, given in {"one_file": self.one_file, "drop_weaker": self.drop_weaker}.items():
+            if given and self.out is None:
+                raise UserError(f"`{name}` needs `out`, a folder: without it conflicts are only listed.")
         check_parts(folders, weights)
         if self.out and self.out.exists():
             raise UserError(f"`out` must not exist yet: {self.out}. Choose another folder.")
@@ -55,9 +58,10 @@ class Command:
             asked = self.prompt or mix.concepts(folders)
             found = mix.conflicts(mixture, asked, together=together, along=along)
             if found:
-                print(f"{'atom':<20} {'weaker':<20} {'correlation':>11} {'cosine':>6}  site")
+                width = max(20, *(len(a.title) for c in found[: self.top] for a in (c.first, c.second)), 0)
+                print(f"{'atom':<{width}} {'weaker':<{width}} {'correlation':>11} {'cosine':>6}  site")
             for c in found[: self.top]:
-                names = f"{c.first.called:<20} {c.second.called:<20}"
+                names = f"{c.first.title:<{width}} {c.second.title:<{width}}"
                 print(f"{names} {c.together:>11.2f} {c.cosine:>6.2f}  {c.first.path}")
             more = unshown(len(found), self.top, ",")
             print(f"{counted(len(found), 'conflict')} of {len(mixture.atoms)} atoms{more}", file=sys.stderr)

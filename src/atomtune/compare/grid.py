@@ -24,7 +24,10 @@ from atomtune.errors import UserError, did_you_mean
 from atomtune.files import exclusive, write_whole
 from atomtune.tuner import fingerprint
 
-CODE = tuple(f"atomtune.{room}" for room in ("sparse", "tuner", "effect", "atoms", "training", "scenes", "compare.fit"))
+ROOMS = ("sparse", "tuner", "backbones", "data", "training", "scenes", "measure", "editing")
+LINES = ("effect", "atoms", "adapter", "steering", "own_words", "sampling", "lora", "mix")
+COMPARED = ("fit", "measure", "methods", "tasks", "controls", "rivals", "plain_rivals")
+CODE = tuple(f"atomtune.{part}" for part in (*ROOMS, *LINES, *(f"compare.{part}" for part in COMPARED)))
 """Source that decides what a cell measures."""
 
 TWO_AT_ONCE = ("mixing", "both")

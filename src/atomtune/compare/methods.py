@@ -35,7 +35,7 @@ class Method:
     """Name in `rivals.RIVALS`; None: ours, by the product's own training."""
     autoencoded: bool = False
     """Whether a sparse autoencoder is fitted to its update afterwards, and takes its place."""
-    version: int = 1
+    version: int = 4
     """Raised when its code starts to give other results, so that stored cells are measured again."""
 
 
@@ -43,15 +43,15 @@ def _rival(name: str, *rates: float, lr: float | None = None) -> Method:
     return Method(lr=lr or rates[1], rates=rates, rival=name)
 
 
-def _ours(lr: float = 4e-3, version: int = 2, **options: Any) -> Method:
-    return Method(lr=lr, options=options, version=version)
+def _ours(lr: float = 4e-3, **options: Any) -> Method:
+    return Method(lr=lr, options=options)
 
 
 METHODS: dict[str, Method] = {
     "atoms": _ours(),
     "atoms-soft": _ours(sparsifier="soft"),
     "atoms-topk": _ours(sparsifier="topk", k=4),
-    "atoms-batchtopk": _ours(sparsifier="batch_topk", k=4, version=3),
+    "atoms-batchtopk": _ours(sparsifier="batch_topk", k=4),
     "atoms-jumprelu": _ours(sparsifier="jumprelu"),
     "atoms-whole": _ours(lr=2e-3, nested=False),
     "atoms-dense": _ours(sparsifier="dense", silence=0.0),

@@ -56,7 +56,7 @@ class EditOptions:
     mirror: bool = False
     """Mirror every second variant; not where words say left or right."""
     quick: bool = False
-    """Tune for 50 steps, at few times (after FastEdit)."""
+    """Tune for 50 steps, at few times (after FastEdit), unless `steps` and `times` say other ones."""
     looks: int = 3
     """Stop when the loss has hardly fallen over so many looks, one every 20 steps. 0: never before the last step."""
     time: tuple[float, float] | None = None
@@ -86,6 +86,12 @@ class EditOptions:
             raise UserError(f"`looks` must be 0 or more, got {self.looks}.")
         if not 0 <= self.blend <= 1:
             raise UserError(f"`blend` must be between 0 and 1, got {self.blend}.")
+        if self.sampler is not None and self.sampler < 1:
+            raise UserError(f"`sampler` must be at least 1 step, got {self.sampler}.")
+        if self.guidance is not None and not math.isfinite(self.guidance):
+            raise UserError(f"`guidance` must be a finite number, got {self.guidance}.")
+        if not 0 <= self.noise < 2**62:
+            raise UserError(f"`noise` must be a seed of 0 or more, got {self.noise}.")
 
     def points(self) -> list[Point]:
         """Every combination."""

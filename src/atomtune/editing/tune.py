@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from atomtune.adapter import Adapter
 from atomtune.backbones import select
-from atomtune.editing.options import EditOptions
+from atomtune.editing.options import TUNING, EditOptions
 from atomtune.training import objective
 from atomtune.training.loop import train
 from atomtune.training.options import TrainOptions
@@ -39,7 +39,8 @@ def tune(
     """An adapter trained on one picture and its variants: `out` receives data/ and run/. Keywords: as `train`."""
     write_data(out / "data", picture, source, mask, options)
     if options.quick:
-        training = dataclasses.replace(training, **QUICK)
+        unsaid = {name: value for name, value in QUICK.items() if getattr(training, name) == getattr(TUNING, name)}
+        training = dataclasses.replace(training, **unsaid)
     stop = plateau(options.looks) if options.looks else lambda run: False
     return train(pipe, out / "data", out / "run", training, stop=stop, **more)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from atomtune.atoms import Atom, count, dialled, places
 from atomtune.errors import UserError
 from atomtune.sampling import batches
+from atomtune.tuner import hooked
 
 Pictures = Float[np.ndarray, "n h w 3"]
 """Pixels in [0, 1]."""
@@ -41,12 +42,10 @@ def row_strengths(model: Any, dials: Sequence[Dial], adapter: str = "default") -
 
     held = places(model, dials[0], adapter)
     before = {place: layer.atom_strength[part] for place, (layer, part) in held.items()}
-    handles = [layer.register_forward_pre_hook(partial(turn, place=place)) for place, (layer, _) in held.items()]
     try:
-        yield
+        with hooked(layer.register_forward_pre_hook(partial(turn, place=place)) for place, (layer, _) in held.items()):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
         for place, (layer, part) in held.items():
             # The model may have been moved meanwhile.
             layer.atom_strength[part] = before[place].to(layer.atom_strength[part].device)

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
 from atomtune.backbones import Heard, backbone_of, denoiser, named, placed
+from atomtune.tuner import hooked
 
 
 @contextmanager
@@ -25,7 +25,6 @@ def watch(
         nonlocal heard
         heard = backbone.heard(base, named(base, args, kwargs))
 
-    @torch.compiler.disable  # what is noted is Python's
     def read(site: str, x: Tensor) -> None:
         x, layout = placed(backbone, site, x, heard.conditioning, heard.grid)
         note(site, x, layout.real)
@@ -33,8 +32,5 @@ def watch(
     handles = [base.register_forward_pre_hook(listen, with_kwargs=True)]
     for site, module in modules.items():
         handles.append(module.register_forward_pre_hook(lambda _, x, site=site: read(site, x[0].detach())))
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

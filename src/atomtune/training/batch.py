@@ -89,9 +89,14 @@ def _without_words(conditioning: Conditioning, rows: Tensor, wordless: Condition
 
 def generator_of(options: TrainOptions, micro: int) -> torch.Generator:
     """The source of a micro-batch's random draws."""
-    return torch.Generator().manual_seed((options.seed << 32) + micro)
+    return torch.Generator().manual_seed(stream(options.seed, micro))
 
 
 def lots_of(options: TrainOptions, step: int) -> torch.Generator:
     """The source of a step's own draws, which have nothing to do with those of its micro-batches."""
-    return torch.Generator().manual_seed((options.seed << 32) + (1 << 31) + step)
+    return torch.Generator().manual_seed(stream(options.seed, (1 << 31) + step))
+
+
+def stream(seed: int, number: int) -> int:
+    """A seed for one of a run's streams of draws: torch's generator on a CPU reads 32 bits of it, and no more."""
+    return (seed * 0x9E3779B1 + number) % (1 << 32)

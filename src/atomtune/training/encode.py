@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,8 @@ from atomtune.sampling import generate
 from atomtune.training.masks import surprise
 from atomtune.tuner import fingerprint
 
+FORMAT = "2"
+"""Raised when what an entry holds changes for the same key."""
 PAINTED_AT_ONCE = 8
 """Unrelated pictures that are painted, and kept, together."""
 PIXELS_AT_ONCE = 2**20
@@ -56,8 +59,11 @@ class Encoder:
         self.pipe, self.backbone, self.cache, self.device = pipe, backbone, cache, pipe.vae.device
         texts = [part for name, part in sorted(pipe.components.items()) if name.startswith("text_encoder")]
         self.vae = key(weights_key(pipe.vae), str(denoiser(pipe).dtype))
-        self.text = key(type(pipe).__name__, *(weights_key(part) for part in texts if part is not None))
-        self.base = key(base_key or weights_key(denoiser(pipe)), self.vae, self.text)
+        spelled = [part for name, part in sorted(pipe.components.items()) if name.startswith("tokenizer")]
+        parts = (*(weights_key(part) for part in texts if part is not None), *map(_spelling, spelled))
+        self.text = key(FORMAT, type(pipe).__name__, str(_settings(pipe)), *parts)
+        painter = str(_settings(pipe.scheduler))
+        self.base = key(base_key or weights_key(denoiser(pipe)), painter, self.vae, self.text)
 
     def words(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts, each encoded by itself and kept."""
@@ -216,9 +222,30 @@ def _joined(parts: Sequence[Conditioning]) -> Conditioning:
 
 
 def weights_key(model: nn.Module) -> str:
-    """A hash of a network's weights, of its settings, and of the precision, quantized or not, that it has."""
-    settings = dict(model.config) if isinstance(model.config, dict) else {}
-    # Where it was loaded from, and by which version, changes nothing.
-    settings = {name: value for name, value in settings.items() if not name.startswith("_")}
-    kinds = {f"{type(p).__name__} {p.dtype}" for p in model.parameters()}
-    return key(fingerprint(model), str(settings), *sorted(kinds))
+    """A hash of a network's weights, of its settings, and of the precision, quantized or not, that it has.
+
+    What others have added to it counts, such as a LoRA or a token of its own; atoms do not.
+    """
+    tensors = [(name, t) for name, t in chain(model.named_parameters(), model.named_buffers()) if "atom_" not in name]
+    kinds = {f"{type(tensor).__name__} {tensor.dtype}" for _, tensor in tensors}
+    sums = [f"{name} {_sum(tensor.detach())}" for name, tensor in tensors]
+    return key(fingerprint(model), str(_settings(model)), *sorted(kinds), *sums)
+
+
+def _sum(tensor: Tensor) -> int | None:
+    """Of all of a tensor's bits, as whole numbers: a change of any value changes it. None where they can't be read."""
+    if type(tensor.data) is not Tensor or tensor.is_meta or tensor.is_complex():
+        return None
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return int(tensor.contiguous().view(-1).view(kinds[tensor.element_size()]).sum(dtype=torch.int64))
+
+
+def _settings(part: Any) -> dict[str, Any]:
+    """Of a pipeline or a part of it; where it was loaded from, and by which version, changes nothing."""
+    settings = dict(part.config) if isinstance(getattr(part, "config", None), dict) else {}
+    return {name: value for name, value in settings.items() if not name.startswith("_")}
+
+
+def _spelling(tokenizer: Any) -> str:
+    """What a tokenizer makes of texts: its words, and its template of a chat."""
+    return "" if tokenizer is None else key(str(sorted(tokenizer.get_vocab().items())), str(tokenizer.chat_template))

@@ -67,7 +67,7 @@ def described(pipe: Any, backbone: Backbone, material: Material, name: str = NAM
     """The adapter as it is attached, its atoms measured and in order."""
     base = denoiser(pipe)
     statistics = measure(base, backbone, material.latents, material.conditioning, adapter=name, masks=material.masks)
-    far = (~material.of_class).nonzero().flatten()
+    far = material.far
     others = select(material.unrelated_conditioning, far)
     reach = reaches(base, backbone, material.unrelated_latents[far], others, adapter=name)
     statistics = {site: found | reach[site] for site, found in statistics.items()}

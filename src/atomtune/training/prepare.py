@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from atomtune.backbones import Backbone, Conditioning, denoiser, spelling
@@ -78,6 +78,12 @@ class Material:
     """Stands for the unrelated pictures and prompts, as they were given."""
     said: tuple[str, ...]
     """What the user should know of all this."""
+
+    @property
+    def far(self) -> Int[Tensor, " rows"]:
+        """Unrelated pictures that do not show the concept's class; all of them where all do."""
+        rows = (~self.of_class).nonzero().flatten()
+        return rows if len(rows) else torch.arange(len(self.of_class))
 
 
 def prepare(

@@ -389,7 +389,7 @@ class Run:
     def _follow(self, codes: dict[str, list[Tensor]], batch: Batch, grid: Grid, backbone: Backbone) -> None:
         """What atoms reach on unrelated pictures, those of the class left out: they may well be like the concept."""
         far = torch.arange(len(batch.x)) >= len(batch.rows)
-        far[batch.others] = ~self.material.of_class[batch.picks]
+        far[batch.others] = torch.isin(batch.picks, self.material.far)
         for site, calls in codes.items():
             found, layout = placed(backbone, site, calls[-1], batch.conditioning, grid)
             real = layout.real & far.to(self.device)[:, None]

@@ -13,7 +13,7 @@ from atomtune.backbones import Backbone, placed
 from atomtune.training.batch import draw
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import Material
-from atomtune.tuner import atom_layers, base_only
+from atomtune.tuner import atom_layers, base_only, hooked
 
 ROWS = 8
 """Noised pictures of each kind that the start is read from."""
@@ -37,16 +37,12 @@ def from_activations(base: Any, backbone: Backbone, material: Material, options:
     grid = backbone.grid(base, batch.x)
     layers = atom_layers(base, adapter)
     seen: dict[str, Tensor] = {}
-    handles = [
+    taps = (
         layer.register_forward_pre_hook(lambda _, x, site=site: seen.update({site: x[0].detach()}))
         for site, layer in layers.items()
-    ]
-    try:
-        with base_only(base):
-            backbone.predict(base, batch.x, batch.s, batch.conditioning)
-    finally:
-        for handle in handles:
-            handle.remove()
+    )
+    with hooked(taps), base_only(base):
+        backbone.predict(base, batch.x, batch.s, batch.conditioning)
     for site, layer in layers.items():
         x, layout = placed(backbone, site, _unit(seen[site]), batch.conditioning, grid)
         subject = layout.resample(batch.masks, grid) > 0.5

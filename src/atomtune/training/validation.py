@@ -76,8 +76,7 @@ def validate(base: nn.Module, backbone: Backbone, material: Material, seed: int)
 
 def _far(material: Material) -> Tensor:
     """Which unrelated pictures drift is measured on: some that lie evenly, none of the concept's class if there are."""
-    every = (~material.of_class).nonzero().flatten()
-    every = every if len(every) else torch.arange(len(material.of_class))
+    every = material.far
     return every[torch.linspace(0, len(every) - 1, min(ROWS, len(every))).long()]
 
 

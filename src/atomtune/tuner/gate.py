@@ -202,7 +202,7 @@ class PromptGates(nn.Module, AtomLayer):
             if found is None:
                 continue
             if adapter in self.values.forced:
-                self.values.computed[adapter] = _each_branch(self.values.forced[adapter], len(found))
+                self.values.computed[adapter] = _each_branch(self.values.forced[adapter], found)
             else:
                 found_mask = None if mask is None else mask.find(args, kwargs)
                 self.values.computed[adapter] = gate(found, found_mask)
@@ -305,17 +305,24 @@ def open_gate(model: nn.Module, adapter: str | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def hold_gate(model: nn.Module, arguments: Callable[[], Mapping[str, Any]]) -> Iterator[None]:
+def hold_gate(model: nn.Module, arguments: Callable[[], Mapping[str, Any]]) -> Iterator[Callable[[int], None]]:
     """Keep the gates as a forward with these arguments has them, whatever the prompts of the forwards inside.
 
-    `arguments` is called only where an active adapter has a gate that is not overridden.
+    `arguments` is called only where an active adapter has a gate that is not overridden. Gives a function that is told
+    how many pictures in a row have the gate of each row, where it is not one.
     """
     gates = _find(model)
     if gates is None or gates.disable_adapters or set(gates.gates) <= set(gates.values.forced):
-        yield
+        yield lambda pictures: None
         return
-    with _forced(gates, read_gates(model, arguments())):
-        yield
+    read = read_gates(model, arguments())
+
+    def spread(pictures: int) -> None:
+        each = {name: gate.repeat_interleave(pictures, 0) if gate.ndim else gate for name, gate in read.items()}
+        gates.values.forced.update(each)
+
+    with _forced(gates, read):
+        yield spread
 
 
 @torch.no_grad()
@@ -345,11 +352,17 @@ def _find(model: nn.Module) -> PromptGates | None:
     return next((module for module in model.modules() if isinstance(module, PromptGates)), None)
 
 
-def _each_branch(values: Tensor, rows: int) -> Tensor:
-    """One value a picture (B,), for a forward of k B rows: (k B,)."""
+def _each_branch(values: Tensor, found: Any) -> Tensor:
+    """One value a picture (B,), for a forward of k B rows: (k B,).
+
+    Where prompts are a list (Z-Image), those of several pictures of one prompt are one and the same tensor.
+    """
+    rows = len(found)
     if values.ndim == 0 or len(values) == 1 or rows % len(values):
         return values
-    return values.repeat(rows // len(values), *[1] * (values.ndim - 1))
+    alike = next((n for n, one in enumerate(found) if one is not found[0]), 1) if isinstance(found, list) else 1
+    values = values.repeat_interleave(max(1, alike), 0)
+    return values.repeat(max(1, rows // len(values)), *[1] * (values.ndim - 1))
 
 
 def _argument(model: nn.Module, name: str, field: str) -> _Argument:

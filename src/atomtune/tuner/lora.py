@@ -18,7 +18,7 @@ from atomtune.errors import UserError, hushed
 from atomtune.files import write_whole
 
 from .layer import AtomLinear
-from .model import unwrap
+from .model import hooked, unwrap
 
 Factors = dict[str, tuple[Float[Tensor, "rank d_in"], Float[Tensor, "rank d_out"]]]
 """By site: what reads the input and what is added; their product is the update."""
@@ -108,12 +108,8 @@ def added(layers: Mapping[str, nn.Module], parts: Factors) -> Iterator[None]:
     def hook(down: Tensor, up: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         return lambda _, x, out: out + (x[0] @ down.T.to(out)) @ up.to(out)
 
-    handles = [layers[site].register_forward_hook(hook(*pair)) for site, pair in parts.items()]
-    try:
+    with hooked(layers[site].register_forward_hook(hook(*pair)) for site, pair in parts.items()):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def save_lora(parts: Factors, rank: int, folder: Path, base: str | None, part: str) -> None:

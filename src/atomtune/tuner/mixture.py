@@ -18,9 +18,8 @@ from atomtune.errors import UserError, did_you_mean
 from .config import AtomConfig
 from .gate import PromptGate, prompt_gate
 from .model import activate, adapter_config, atom_layers, attach, remove_adapter, unwrap
-from .store import PARTIAL, prints_of
+from .store import MIXTURE, PARTIAL, prints_of
 
-MIXTURE = "mixture.json"
 MERGEABLE = ("relu", "soft", "jumprelu", "dense")
 """Sparsifiers that look at each atom alone: with the others, atoms of one dictionary compete."""
 

@@ -2,17 +2,20 @@
 
 import copy
 import re
+import sys
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from peft import PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from atomtune.errors import UserError, did_you_mean
 
@@ -26,6 +29,20 @@ _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:base_layer|_orig_mod|_fsdp_wrapped_modu
 _OWNED = ("atom_dictionary", "gates")
 BASE = "__base__"
 """Of a row without an adapter, in a mixed batch; PEFT's word."""
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Inside, these hooks hold, also in a model that was compiled: it runs as it was written.
+
+    A graph that was compiled before a module in it got a hook goes on without the hook.
+    """
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.callback(handle.remove)
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled, and the import takes seconds
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 def site_name(path: str) -> str:

@@ -13,7 +13,9 @@ from atomtune.files import write_whole
 from .model import adapter_config, atom_layers, unwrap
 
 NOTES = "notes.json"
-_LABEL = re.compile(r"[^\W_][^\[\]=/,\n]{0,59}")
+LONGEST = 60
+"""Characters of a label."""
+_LABEL = re.compile(rf"[^\W_][^\[\]=/,\n]{{0,{LONGEST - 1}}}")
 
 Notes = dict[str, dict[str, str]]
 """By an atom's name (`L17[137]`), its `label` and its `note`, either of which may be missing."""
@@ -41,7 +43,7 @@ def check_notes(values: Notes, where: str) -> None:
             continue
         if not _LABEL.fullmatch(label) or re.fullmatch(r"L\d+", label):
             raise UserError(
-                f"{where}: a label is 1 to 60 characters without [ ] = / , and begins with a letter or digit, "
+                f"{where}: a label is 1 to {LONGEST} characters without [ ] = / , and begins with a letter or digit, "
                 f"got {label!r} for {atom}."
             )
         if label in seen:

@@ -37,6 +37,7 @@ STATISTICS = "statistics.safetensors"
 CARD = "README.md"
 PICTURES = "pictures"
 RUN_STATUS = "status.json"
+MIXTURE = "mixture.json"
 _OURS = (WEIGHTS, CONFIG, STATISTICS, NOTES, CARD, PICTURES)
 _ROOT = "base_model.model."  # PeftModel.from_pretrained wants it in the keys
 PARTIAL = "partial:"
@@ -72,6 +73,7 @@ def save(
     _check_finite(tensors, "Training diverged; nothing was saved.")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file. Give a folder.")
+    _check_ours(folder)
     config = adapter_config(base, adapter)
     config = dataclasses.replace(
         config,
@@ -95,7 +97,7 @@ def save(
             _write_tensors(flat, fresh / STATISTICS)
         if noted := notes_text(base, adapter):
             (fresh / NOTES).write_text(noted, encoding="utf-8")
-        (fresh / CARD).write_text(_card(config, card or {}, fresh))
+        (fresh / CARD).write_text(_card(config, card or {}, fresh), encoding="utf-8")
         _check_same(_read_tensors(fresh / WEIGHTS)[0], tensors)
         _replace(folder, fresh)
     except (OSError, SafetensorError) as error:  # safetensors has its own for a full disk
@@ -103,6 +105,19 @@ def save(
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return folder
+
+
+def _check_ours(folder: Path) -> None:
+    """Raises UserError where files lie that a saved adapter would take the names of, and that are no adapter's."""
+    taken = [name for name in _OURS if (folder / name).exists()]
+    if not taken:
+        return
+    try:
+        kind = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["peft_type"] if CONFIG in taken else None
+    except (ValueError, OSError, TypeError, KeyError, RecursionError):
+        kind = NAME if (folder / WEIGHTS).is_file() else None  # a broken one of ours is replaced by a whole one
+    if kind != NAME:
+        raise UserError(f"{folder} holds {', '.join(taken)} that is no atom adapter's. Choose another folder.")
 
 
 def _adapter_tensors(base: nn.Module, adapter: str) -> dict[str, Tensor]:
@@ -161,10 +176,21 @@ def recover(folder: Path) -> None:
     if not folder.exists():
         os.rename(previous, folder)
         return
-    for entry in previous.iterdir():
-        if entry.name not in _OURS and not (folder / entry.name).exists():
-            os.rename(entry, folder / entry.name)
+    for entry in _not_ours(previous):
+        target = folder / entry.relative_to(previous)
+        if not target.exists():
+            target.parent.mkdir(exist_ok=True)
+            os.rename(entry, target)
     shutil.rmtree(previous, ignore_errors=True)  # what can't be removed is no reason to fail: the new one is in place
+
+
+def _not_ours(folder: Path) -> Iterator[Path]:
+    """What lies in an adapter's folder and was not saved with it; of pictures, those that its card does not show."""
+    yield from (entry for entry in folder.iterdir() if entry.name not in _OURS)
+    card, pictures = folder / CARD, folder / PICTURES
+    shown = card.read_text(encoding="utf-8") if card.is_file() else ""
+    if pictures.is_dir():
+        yield from (entry for entry in pictures.iterdir() if f"({PICTURES}/{entry.name})" not in shown)
 
 
 def previous_of(folder: Path) -> Path:
@@ -277,6 +303,8 @@ def check_there(folder: Path) -> None:
     """Raises UserError where no adapter lies in a folder; of a run that has not ended it says how to go on."""
     if not folder.is_dir():
         raise UserError(f"There is no folder {folder}.")
+    if (folder / MIXTURE).is_file():
+        raise UserError(f"{folder} is a mixture. Give one of its parts, or merge them: atomtune mix --one-file.")
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(f"{folder} holds no adapter: {_unfinished(folder) or f'{name} is missing.'}")
