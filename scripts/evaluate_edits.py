@@ -21,6 +21,8 @@ from PIL import Image
 
 import atomtune
 from atomtune.compare import tasks
+from atomtune.compare.cells import code_digest
+from atomtune.compare.fit import CODE
 from atomtune.compare.results import script_command, write_result
 from atomtune.editing.options import TUNING, EditOptions
 from atomtune.editing.sweep import Edits, best, table
@@ -30,12 +32,17 @@ from atomtune.scenes.render import render
 from atomtune.training import run_folder
 
 SWEEP = EditOptions(sampler=12)
+LESS = dataclasses.replace(SWEEP, strength=(1.0,))
 RECIPES = {
     "default": SWEEP,
-    "blend": dataclasses.replace(SWEEP, purity=(0.0,), strength=(1.0,), blend=0.7),
-    "quick": dataclasses.replace(SWEEP, purity=(0.0,), strength=(1.0,), quick=True),
+    "blend": dataclasses.replace(LESS, purity=(0.0,), blend=0.7),
+    "stopped": dataclasses.replace(LESS, looks=3),
+    "variants": dataclasses.replace(LESS, variants=8),
+    "quick": dataclasses.replace(LESS, purity=(0.0,), quick=True),
 }
-"""What is swept: all of it as `edit` does it; with the recipes of others, which tune anew where that differs, less."""
+"""What is swept: all of it as `edit` does it; with other tunings, and the recipes of others, less."""
+TUNED = ("variants", "looks", "quick")
+"""Fields that tell one tuning from another."""
 
 
 def main() -> None:
@@ -54,8 +61,9 @@ def main() -> None:
 
 
 def kept(subject: str, given: Any) -> list[dict[str, Any]]:
-    """The rows of a subject; of an earlier run, where one of the same options has left them."""
-    asked = key(subject, given.words, *given.recipes, str(given.steps), str(given.noises))
+    """The rows of a subject; of an earlier run, where one of the same options and the same code has left them."""
+    how = [str(RECIPES[recipe]) for recipe in given.recipes]
+    asked = key(code_digest(CODE), str(TUNING), subject, given.words, *how, str(given.steps), str(given.noises))
     path = given.out / f"{asked[:20]}.json"
     if not path.is_file():
         write_whole(path, json.dumps(list(of_subject(subject, given))))
@@ -67,10 +75,11 @@ def of_subject(subject: str, given: Any) -> Iterator[dict[str, Any]]:
     ((shot, source),) = tasks.single_lesson(subject, given.words).shots
     asks = tasks.edit_asks(subject, given.noises)
     picture, words = Image.fromarray(render(shot)), [ask.words for ask in asks]
-    training, tuned, steps = dataclasses.replace(TUNING, steps=given.steps), None, 0
+    training, tuned, steps, tuning = dataclasses.replace(TUNING, steps=given.steps), None, 0, None
     for recipe in given.recipes:
         options, out = RECIPES[recipe], given.out / subject / recipe
-        if tuned is not None and options.quick:
+        before, tuning = tuning, [getattr(options, name) for name in TUNED]
+        if tuned is not None and tuning != before:
             tuned.remove()
             tuned = None
         done = atomtune.edit(pipe, picture, source, words, out, options, training, adapter=tuned)

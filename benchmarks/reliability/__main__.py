@@ -49,6 +49,8 @@ def main() -> int:
         parser.error(f"parts are {', '.join(PARTS)}, got {', '.join(sorted(unknown))}")
     begin = time.monotonic()
     before = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {"rows": [], "seconds": 0}
+    if given.parts and before["rows"] and before["command"] != _command(given):
+        parser.error(f"a part has the counts and the seed of the others, which came from: {before['command']}")
     found = {part: [row for row in before["rows"] if row["part"] == part] for part in PARTS}
     with tempfile.TemporaryDirectory(prefix="reliability-") as folder:
         place = workplace.prepare(Path(folder))

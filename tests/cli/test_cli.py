@@ -369,6 +369,16 @@ def test_an_unknown_base_is_one_line(
     weights = next((broken / "transformer").glob("*.safetensors"))
     weights.unlink()
     assert f"`base` can't be loaded from {broken}" in mistake(train(tmp_path / "run", base=str(broken)), capsys)
+    index = broken / "model_index.json"
+    for text, told in (
+        ("[]", "must name its pipeline's class: TypeError"),
+        ("{}", "must name its pipeline's class: KeyError"),
+        ('{"_class_name": "NewerPipeline"}', "must be a pipeline of a known family (AuraFlowPipeline, "),
+        ('{"_class_name": ["pipe", "MyPipe"]}', "got ['pipe', 'MyPipe']"),
+        ('{"_class_name": "Lumina2Pipeline", "vae": ["diffusers", "NoSuchPart"]}', "`base` can't be loaded from"),
+    ):
+        index.write_text(text)
+        assert told in mistake(train(tmp_path / "run", base=str(broken)), capsys)
     # Offline, as a fault of the network would be.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     line = mistake(train(tmp_path / "run", base="nobody/nothing"), capsys)

@@ -30,11 +30,14 @@ def run(shared: Any, kites: Path, runs: Path) -> Iterator[Run]:
     remove_adapter(shared.transformer)
 
 
-def test_reach_is_of_unrelated_pictures_and_not_of_the_class(run: Run) -> None:
+def test_reach_is_of_unrelated_pictures_and_not_of_the_class(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run.material.far.tolist() == [1, 2, 3]
     run.step(0)
     assert run.reach.keys() == atom_layers(run.base).keys()
     assert any(reach.any() for reach in run.reach.values())
-    run.material = dataclasses.replace(run.material, of_class=torch.ones(4, dtype=torch.bool))
+    own = dataclasses.replace(run.material, of_class=torch.ones(4, dtype=torch.bool))
+    assert own.far.tolist() == [0, 1, 2, 3], "where all show the class, they are all there is"
+    monkeypatch.setattr(type(own), "far", torch.empty(0, dtype=torch.long))
     before = {site: reach.clone() for site, reach in run.reach.items()}
     run.step(1)
     assert all((run.reach[site] <= before[site]).all() for site in before), "it fades, and nothing comes to it"

@@ -371,3 +371,18 @@ def test_no_folder_is_told(tmp_path: Path) -> None:
     assert "must be a folder of pictures" in complaint(tmp_path / "none")
     assert "nothing there. Check --data." in complaint(tmp_path / "none")
     assert "a file. Check --data." in complaint(picture(tmp_path / "a.png"))
+
+
+def test_a_caption_of_two_pictures_is_told(tmp_path: Path) -> None:
+    for name in ("a.png", "a.webp"):
+        picture(tmp_path / name)
+    (tmp_path / "a.txt").write_text("one of them")
+    assert complaint(tmp_path) == "a.txt is beside 2 pictures, a.png, a.webp. Give each a name of its own."
+
+
+def test_a_caption_column_that_no_line_has_is_told(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    metadata(tmp_path, {"file_name": "a.png", "caption": "a kite"})
+    said = complaint(tmp_path, caption_column="captoin", caption="a photo")
+    assert said.startswith("`caption_column` must be in some line of ")
+    assert said.endswith("got 'captoin'. Did you mean `caption`?")

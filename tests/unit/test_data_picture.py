@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from atomtune.data.picture import (
     MAX_PIXELS,
@@ -287,3 +287,22 @@ def test_tensor_refuses_other_modes_and_picture_refuses_nan() -> None:
         to_tensor(Image.new("L", (2, 2)))
     with pytest.raises(ValueError, match="`pixels` must be finite"):
         to_picture(torch.full((3, 2, 2), float("nan")))
+
+
+def test_colours_are_those_of_srgb(tmp_path: Path) -> None:
+    """A profile of other primaries moves pixels; sRGB's own and a broken one leave them alone."""
+    plain = Image.new("RGB", (2, 2), (200, 30, 30))
+    same = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    lab = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+    seen = {}
+    for name, profile in {"same": same, "lab": lab, "broken": b"no profile"}.items():
+        plain.save(tmp_path / f"{name}.png", icc_profile=profile)
+        seen[name] = np.asarray(open_picture(tmp_path / f"{name}.png"))
+    assert all((pixels == np.asarray(plain)).all() for pixels in seen.values())
+    wide = bytearray(same)  # its red and green primaries for each other
+    red, green = wide.index(b"rXYZ"), wide.index(b"gXYZ")
+    wide[red : red + 4], wide[green : green + 4] = b"gXYZ", b"rXYZ"
+    wide = wide.replace(b"s\0R\0G\0B", b"m\0i\0n\0e").replace(b"sRGB", b"mine")
+    plain.save(tmp_path / "wide.png", icc_profile=bytes(wide))
+    turned = np.asarray(open_picture(tmp_path / "wide.png"))[0, 0]
+    assert turned[1] > turned[0], "red was green there"

@@ -235,7 +235,20 @@ def test_the_whole_way_by_command_and_function(
     mask.save(tmp_path / "mask.png")
     asked = ["edit", str(tmp_path / "kite.png"), "--source", SOURCE, "--prompt", PROMPTS[0], "--prompt", PROMPTS[1]]
     asked += ["--base", str(bases["lumina2"]), "--sampler", "1", "--mask", str(tmp_path / "mask.png")]
-    train = ["--steps", "3", "--n-atoms", "4", "--lr", "0.1", "--sites", *(SHORT.sites or ()), "--looks", "0"]
+    train = [
+        "--steps",
+        "3",
+        "--n-atoms",
+        "4",
+        "--lr",
+        "0.1",
+        "--sites",
+        *(SHORT.sites or ()),
+        "--looks",
+        "0",
+        "--variants",
+        "8",
+    ]
     out = tmp_path / "out"
     assert main([*asked, *train, "--out", str(out), "--purity", "0", "--strength", "1", "0"]) == 0
     text, err = capsys.readouterr()

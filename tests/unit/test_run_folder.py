@@ -125,7 +125,7 @@ def test_damaged_papers_of_a_run_are_told_in_one_line(go: Go) -> None:
         (run / name).write_text(whole)
     whole = (run / "options.json").read_text()
     (run / "options.json").write_text(whole.replace('"layers.0.attn.to_q"', "null"))
-    with pytest.raises(UserError, match="`sites` of a saved run must be str, got None"):
+    with pytest.raises(UserError, match="`sites` must be str, got None"):
         go(steps=2, resume=True)
 
 

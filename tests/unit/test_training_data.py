@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 import atomtune
 from atomtune.backbones import Backbone, backbone_of, select
 from atomtune.data.cache import Cache
+from atomtune.data.folder import scan
 from atomtune.data.picture import fit, open_picture, to_tensor
 from atomtune.data.sheet import seen
 from atomtune.data.views import View
@@ -25,7 +27,7 @@ from atomtune.training import encode, objective
 from atomtune.training.batch import Batch, draw, generator_of
 from atomtune.training.encode import Encoder
 from atomtune.training.options import TrainOptions
-from atomtune.training.prepare import Material, lost_words, prepare
+from atomtune.training.prepare import Material, cut_off, lost_words, prepare
 
 OPTIONS = TrainOptions(concept="kite", class_noun="toy", batch_size=2, unrelated_pictures=2, gate=False, steps=40)
 
@@ -154,6 +156,15 @@ def test_one_edit_encodes_one_item_again(pipe: Any, ready: Callable[..., Materia
     changed = ready(spy.backbone)
     assert spy.counted() == (0, 1)
     assert torch.equal(changed.latents[3], first.latents[3])
+    Image.new("RGB", (64, 64), (8, 8, 8)).save(data / "2.png")
+    scanned = scan(data)
+    Image.new("RGB", (64, 64), (7, 7, 7)).save(data / "2.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("atomtune.training.prepare.scan", lambda *_, **__: scanned)
+        with pytest.raises(UserError, match=r"2\.png has changed since it was scanned"):
+            ready(spy.backbone)
+    Image.new("RGB", (64, 64), (9, 9, 9)).save(data / "2.png")
+    spy.counted()
     shutil.copy(data / "2.png", data / "7.png")
     (data / "7.txt").write_text("kite number one")
     ready(spy.backbone)
@@ -353,6 +364,11 @@ def test_words_that_reach_no_part_of_the_model_are_named(pipe: Any, ready: Calla
     assert lost_words(first_three, "one two three four") == "four"
     assert lost_words(first_three, "one two three") == ""
     assert lost_words(first_three, "") == ""
+    first_letters = lambda prompt: {"x": torch.tensor([list(prompt[:3].encode("utf-16-le").ljust(6))])}  # noqa: E731
+    assert lost_words(first_letters, "a" * 50) == "a" * 47, "of a script without spaces"
+    sky = [SimpleNamespace(caption="天" * 30), SimpleNamespace(caption="天" * 3)]
+    assert cut_off(first_letters, sky) == {}, "no piece of it is as long as to be letters"
+    assert cut_off(first_letters, [SimpleNamespace(caption="天" * 60)]) == {0: "天" * 57}  # type: ignore[list-item]
     caption = "kite " + "and a red house beside a small green clock " * 40
     (data / "0.txt").write_text(caption)
     (said,) = ready().said
@@ -426,7 +442,7 @@ def test_every_epoch_shows_another_view(pipe: Any, ready: Callable[..., Material
 def test_no_more_views_are_made_than_epochs_come(ready: Callable[..., Material]) -> None:
     assert len(ready(crop=0.1).buckets[0].latents) == 8
     assert len(ready(crop=0.1, steps=5).buckets[0].latents) == 2
-    assert len(ready(crop=0.1, flip=True, steps=1).buckets[0].latents) == 1
+    assert len(ready(crop=0.1, flip=True, steps=1).buckets[0].latents) == 2, "some are cut in a single one"
 
 
 # ---------------------------------------------------------------------------------------------- masked loss

@@ -172,7 +172,7 @@ def test_the_learning_rate_counts_optimizer_steps_alone(
 
     monkeypatch.setattr(Run, "_update", update)
     monkeypatch.setitem(PartialState(cpu=True)._shared_state, "num_processes", processes)
-    go(steps=4, lr=0.5, floor=0.2, contain=0.0, grad_accumulation=accumulation)
+    go(steps=4, lr=0.5, floor=0.2, contain=False, grad_accumulation=accumulation)
     assert rates == [0.5 * schedule(step, 4, floor=0.2) for step in range(4)]
 
 
@@ -272,6 +272,8 @@ def test_what_is_wrong_is_known_before_anything_is_painted_or_written(
         ({"sparsifier": "topk", "k": 9}, r"`k` must be between 1 and n_atoms \(4\), got 9"),
         ({"sparsifier": "topk"}, "`k` must be given"),
         ({"sparsifier": "tokp", "k": 2}, "Did you mean `topk`"),
+        ({"sparsifier": "relu", "k": 2}, "`k` must come with the sparsifier topk or batch_topk, got relu"),
+        ({"validate_every": 9}, "`validate_every` must be within the "),
         ({"resolution": 50}, "`resolution` must be a multiple of 16"),
         ({"unrelated": Path("no-such-file")}, "`unrelated` can't be read"),
     ]
@@ -336,7 +338,7 @@ def test_every_term_is_logged_under_its_name(go: Callable[..., Path]) -> None:
         ({"distill": 0.0}, {"distill"}),
         ({"silence": 0.0}, {"silence"}),
         ({"gate": False}, {"gate"}),
-        ({"concept": None}, {"gate"}),
+        ({"concept": None, "class_noun": None}, {"gate"}),
         ({"unrelated_batch": 0}, {"silence", "distill"}),
     ],
     ids=str,

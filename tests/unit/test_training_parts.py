@@ -5,18 +5,22 @@ import hashlib
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from PIL import Image
 
 import atomtune
 from atomtune.backbones import BACKBONES, backbone_of
+from atomtune.backbones.base import autoencoded
 from atomtune.backbones.noising import flow, scheduled
 from atomtune.data.folder import Scan, Skipped
 from atomtune.errors import UserError
 from atomtune.training import gating, run_folder
+from atomtune.training.batch import generator_of, lots_of
 from atomtune.training.masks import surprise
 from atomtune.training.objective import DENSITIES, error, mean_l0, real_positions, sparsity, times
 from atomtune.training.options import TrainOptions
@@ -28,7 +32,9 @@ from atomtune.tuner import AtomConfig, attach, prompt_gate, remove_adapter
 
 
 def test_options_survive_json() -> None:
-    options = TrainOptions(concept="kite", sites=("a", "b"), unrelated=Path("x/y.txt"), sample_prompts=("p",), k=3)
+    options = TrainOptions(
+        concept="kite", sites=("a", "b"), unrelated=Path("x/y.txt"), sample_prompts=("p",), sample_every=9
+    )
     assert TrainOptions.from_json(options.to_json()) == options
     assert TrainOptions.from_json(TrainOptions().to_json()) == TrainOptions()
 
@@ -45,7 +51,7 @@ def test_the_essence_leaves_out_what_is_off_and_nothing_else() -> None:
 def test_an_unknown_option_of_a_saved_run_is_an_error() -> None:
     with pytest.raises(UserError, match=r"Unknown option 'stepz'.* Did you mean `steps`"):
         TrainOptions.from_json('{"stepz": 9}')
-    with pytest.raises(UserError, match="`steps` of a saved run must be int, got 'many'"):
+    with pytest.raises(UserError, match="`steps` must be int, got 'many'"):
         TrainOptions.from_json('{"steps": "many"}')
 
 
@@ -63,8 +69,10 @@ def test_options_that_came_later_leave_the_essence_as_stored_results_know_it() -
     }
     known |= {"margin", "max_grad_norm", "mixed_precision", "n_atoms", "nested", "silence", "sparsifier", "steps"}
     assert TrainOptions().essence().keys() == known | {"threshold", "unrelated_pictures"}
-    text = json.dumps(TrainOptions(concept="kite", k=3, distill=0.0, seed=2).essence(), sort_keys=True)
-    assert hashlib.sha256(text.encode()).hexdigest()[:12] == "377d4cfe176a"
+    text = json.dumps(
+        TrainOptions(concept="kite", sparsifier="topk", k=3, distill=0.0, seed=2).essence(), sort_keys=True
+    )
+    assert hashlib.sha256(text.encode()).hexdigest()[:12] == "9a57c0e41629"
     assert "optimizer" not in TrainOptions().essence()
     assert TrainOptions(optimizer="lion", floor=0.0).essence().items() >= {"optimizer": "lion", "floor": 0.0}.items()
     assert TrainOptions(unrelated_batch=0).essence()["unrelated_batch"] == 0, "none at all is not the default"
@@ -415,3 +423,57 @@ def test_unrelated_pictures_are_sometimes_learned_without_words() -> None:
 
 def test_numbers_that_json_made_whole_are_floats_again() -> None:
     assert isinstance(TrainOptions.from_dict({"threshold": 1}).threshold, float)
+
+
+def test_a_seed_reaches_every_draw() -> None:
+    """torch's generator on a CPU reads the lower 32 bits of a seed alone."""
+    streams = {
+        torch.rand(4, generator=source(dataclasses.replace(TrainOptions(), seed=seed), number)).sum().item()
+        for seed in (0, 1, 2, 2**31 - 1)
+        for number in (0, 1, 500)
+        for source in (generator_of, lots_of)
+    }
+    assert len(streams) == 4 * 3 * 2
+
+
+@pytest.mark.parametrize("name", ["EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_a_unet_whose_scheduler_has_no_betas_is_refused(name: str) -> None:
+    scheduler = getattr(diffusers, name)()
+    with pytest.raises(UserError, match=f"must have a scheduler that adds noise by betas, as DDPM's does, got {name}"):
+        scheduled(SimpleNamespace(scheduler=scheduler))
+
+
+def test_latents_of_an_autoencoder_with_statistics() -> None:
+    """As SDXL's pipeline turns them back: latents x std / scale + mean."""
+
+    class Vae:
+        dtype = torch.float32
+        config = SimpleNamespace(latents_mean=[1.0, 2.0], latents_std=[2.0, 4.0], scaling_factor=0.5)
+
+        def encode(self, pixels: torch.Tensor) -> Any:
+            return SimpleNamespace(latent=pixels[:, :2])
+
+    pixels = torch.randn(1, 3, 2, 2)
+    found = autoencoded(SimpleNamespace(vae=Vae()), pixels)
+    mean, deviation = torch.tensor([1.0, 2.0]).view(1, 2, 1, 1), torch.tensor([2.0, 4.0]).view(1, 2, 1, 1)
+    torch.testing.assert_close(found * deviation / 0.5 + mean, pixels[:, :2])
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"sample_prompts": "a kite", "sample_every": 1},
+            r"`sample_prompts` must be tuple\[str, \.\.\.\], got 'a kite'",
+        ),
+        ({"sites": "to_q"}, "`sites` must be tuple"),
+        ({"steps": "300"}, "`steps` must be int, got '300'"),
+        ({"sample_prompts": ("a kite",)}, "`sample_prompts` must come with `sample_every`"),
+        ({"k": 4}, "`k` must come with the sparsifier topk or batch_topk, got relu"),
+        ({"class_noun": "toy"}, "`class_noun` must come with the concept's name, got 'toy' alone"),
+    ],
+    ids=str,
+)
+def test_options_that_would_do_nothing_are_told(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        TrainOptions(**changes)

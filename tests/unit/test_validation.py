@@ -175,6 +175,14 @@ def test_an_adapter_that_learned_nothing_is_told(
 # ------------------------------------------------------------------------------------------------------ trackers
 
 
+def test_a_first_validation_that_is_not_finite_is_never_the_best(go: Go, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([float("nan"), 0.5, 0.7])
+    found = {"validation_loss": 0.0, "validation_drift": 0.0}
+    monkeypatch.setattr(validation, "validate", lambda *_: found | {"validation_score": next(scores)})
+    run = go(steps=3, validate_every=1)
+    assert "| best step | 2 |" in (run / "README.md").read_text()
+
+
 def test_curves_reach_tensorboard(go: Go) -> None:
     pytest.importorskip("tensorboardX")
     from tensorboardX.proto.event_pb2 import Event
@@ -244,7 +252,7 @@ def test_the_finished_adapter_goes_to_the_hub_and_nothing_else(
 
 def test_a_hub_that_fails_costs_nothing(go: Go, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     def refuse() -> None:
-        raise OSError("no network")
+        raise RuntimeError("no network")  # of whatever library the hub's own has
 
     monkeypatch.setattr(hub, "HfApi", refuse)
     run = go(steps=1, hub="me/kite")

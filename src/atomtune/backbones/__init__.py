@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,20 +89,46 @@ __all__ = [
 ]
 
 
-def backbone_of(pipe: Any) -> Backbone:
-    """The backbone that serves this pipeline. Raises UserError for a family without a file here."""
-    name = type(pipe).__name__
-    if name not in BACKBONES:
+def _check_family(folder: Path) -> None:
+    """Raises UserError on a folder whose pipeline no file here serves, before any of its weights are read."""
+    index = folder / "model_index.json"
+    try:
+        name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"`base`: {index} must name its pipeline's class: {type(error).__name__} {error}.") from error
+    _served(name)
+
+
+def _served(name: Any) -> Backbone:
+    if not isinstance(name, str) or name not in BACKBONES:
         known = ", ".join(BACKBONES)
         raise UserError(f"`base` must be a pipeline of a known family ({known}), got {name}.")
-    found = BACKBONES[name]
+    return BACKBONES[name]
+
+
+def backbone_of(pipe: Any) -> Backbone:
+    """The backbone that serves this pipeline. Raises UserError for a family without a file here."""
+    found = _served(type(pipe).__name__)
 
     def encode_pictures(pipe: Any, pixels: Any) -> Any:
-        # The autoencoder may have another precision than the denoiser.
         model: Any = denoiser(pipe)
-        return found.encode_pictures(pipe, pixels).to(model.dtype)
+        with _in_float32(pipe.vae):
+            return found.encode_pictures(pipe, pixels).to(model.dtype)
 
     return dataclasses.replace(found, **found.settings(pipe), encode_pictures=encode_pictures)
+
+
+@contextmanager
+def _in_float32(vae: Any) -> Iterator[None]:
+    """Inside, an autoencoder has full precision: half of it costs detail, and some give NaN in float16."""
+    kind, full = vae.dtype, vae.dtype.itemsize >= 4
+    if not full:
+        vae.float()
+    try:
+        yield
+    finally:
+        if not full:
+            vae.to(kind)
 
 
 def call_arguments(pipe: Any, prompts: Sequence[str], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,13 +188,15 @@ def open_pipeline(base: str, dtype: str = "float32", device: str | None = None) 
         if not looks_local and base.count("/") != 1:
             hint = did_you_mean(base, [EMBEDDED])
             raise UserError(f"`base` must be {EMBEDDED!r}, a folder or a hub id owner/name, got {base!r}.{hint}")
+        if looks_local:
+            _check_family(path)
         try:
             with _quiet():
                 # Pickle runs code when it is read.
                 pipe = DiffusionPipeline.from_pretrained(
                     path if looks_local else base, dtype=getattr(torch, dtype), use_safetensors=True
                 )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # a pipeline's parts raise anything where a file, a class or a package is not there
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             if "stacktrace" in reason:  # diffusers tells of the hub's own error above its own
                 why = type(error.__cause__).__name__

@@ -206,8 +206,12 @@ def patches(model: nn.Module, latents: Tensor) -> Grid:
 def autoencoded(pipe: Any, pixels: Tensor) -> Tensor:
     """The autoencoder's latents, moved and scaled as its config says; the mode where it gives a distribution."""
     out = pipe.vae.encode(pixels.to(pipe.vae.dtype))
-    latents = out.latent if hasattr(out, "latent") else out.latent_dist.mode()
-    return (latents - (getattr(pipe.vae.config, "shift_factor", None) or 0.0)) * pipe.vae.config.scaling_factor
+    latents, config = out.latent if hasattr(out, "latent") else out.latent_dist.mode(), pipe.vae.config
+    mean, deviation = (getattr(config, f"latents_{name}", None) for name in ("mean", "std"))
+    if mean is not None and deviation is not None:  # some of SDXL's kin
+        mean, deviation = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (mean, deviation))
+        return (latents - mean) * config.scaling_factor / deviation
+    return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
 
 
 def bare(prompts: Sequence[str], found: Sequence[Tensor | None]) -> Conditioning:

@@ -41,13 +41,16 @@ def scheduled(pipe: Any) -> dict[str, Any]:
     """Noise as the pipeline's own scheduler adds it, and its prediction, at step 1000 s.
 
     The target is the noise (Ho et al. 2020, arXiv 2006.11239) or v = alpha noise - sigma x0 (Salimans & Ho 2022,
-    arXiv 2202.00512). Raises UserError on a scheduler that predicts anything else.
+    arXiv 2202.00512). Raises UserError on a scheduler that predicts anything else, or adds noise by no betas (EDM).
     """
     from diffusers import DDPMScheduler
 
     kind = pipe.scheduler.config.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):
         raise UserError(f"`base` must have a scheduler that predicts epsilon or v_prediction, got {kind!r}.")
+    if pipe.scheduler.config.get("beta_start") is None and pipe.scheduler.config.get("trained_betas") is None:
+        name = type(pipe.scheduler).__name__
+        raise UserError(f"`base` must have a scheduler that adds noise by betas, as DDPM's does, got {name}.")
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
 
     def noised(latents: Tensor, s: Time, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from atomtune.backbones.base import (
     patches,
     two_streams,
 )
+from atomtune.backbones.noising import shifted
 from atomtune.backbones.reading import Reading
 
 
@@ -54,4 +55,5 @@ BACKBONE = Backbone(
     heard=heard(),
     readings=readings,
     density="logit_normal",
+    settings=shifted,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import logging
 import shlex
 import sys
@@ -38,6 +39,8 @@ def command_line() -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code. A user's mistake is one line on stderr and exit code 2."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     _given[:] = arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS))

@@ -26,6 +26,7 @@ from torch import nn
 from atomtune import atoms as atom_dials
 from atomtune.adapter import Adapter, load
 from atomtune.backbones import Backbone, backbone_of, denoiser
+from atomtune.compare.cells import code_digest
 from atomtune.compare.controls import attach_autoencoded, attach_factors, factors, rotated, train_gate
 from atomtune.compare.methods import METHODS
 from atomtune.compare.rivals import Rival, attach_rival
@@ -42,6 +43,12 @@ from atomtune.training.prepare import Material, prepare
 from atomtune.training.refit import fewer
 from atomtune.training.run import Run
 from atomtune.tuner import base_only, override_gate, read_gates, remove_adapter, save
+
+ROOMS = ("sparse", "tuner", "backbones", "data", "training", "scenes", "measure", "editing")
+LINES = ("effect", "atoms", "adapter", "steering", "own_words", "sampling", "lora", "mix")
+COMPARED = ("fit", "measure", "methods", "tasks", "controls", "rivals", "plain_rivals")
+CODE = tuple(f"atomtune.{part}" for part in (*ROOMS, *LINES, *(f"compare.{part}" for part in COMPARED)))
+"""Source that decides what a cell measures."""
 
 COMPONENTS = ("lora", "rslora")
 """Rivals that are kept as rank-one components, so that they have every dial that atoms have."""
@@ -76,8 +83,8 @@ class Fit:
 
     @property
     def key(self) -> str:
-        """What tells this training from every other."""
-        given = {"options": self.options.essence(), "version": METHODS[self.method].version}
+        """What tells this training from every other, the code that does it included."""
+        given = {"options": self.options.essence(), "version": METHODS[self.method].version, "code": code_digest(CODE)}
         plain = dataclasses.asdict(self) | given
         return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()[:20]
 
@@ -241,6 +248,7 @@ def _fit_atoms(pipe: Any, backbone: Backbone, material: Material, fit: Fit, out:
         run = Run(pipe, backbone, material, fit.options, out, PartialState(cpu=True))
         losses = [run.step(step)["loss"] for step in range(fit.options.steps)]
     trained = sum(p.numel() for p in run.parameters())
+    run.end()
     adapter, gate_report = conclude(pipe, backbone, material, fit.options)
     active = [float(s["density"].sum()) for s in adapter.statistics.values()]
     adapter.save(out / "adapter")
@@ -279,6 +287,10 @@ def _ends(losses: list[float]) -> dict[str, float]:
     return {"final_loss": sum(tail) / len(tail)}
 
 
+SCHEDULED = ("schedule", "warmup", "floor")
+"""Options of the learning rate, as `optimizers.schedule` takes them."""
+
+
 def train_rival(
     backbone: Backbone, base: nn.Module, material: Material, rival: Rival, options: TrainOptions
 ) -> list[float]:
@@ -287,7 +299,7 @@ def train_rival(
     losses = []
     for step in range(options.steps):
         for group in optimizer.param_groups:
-            group["lr"] = options.lr * schedule(step, options.steps)
+            group["lr"] = options.lr * schedule(step, options.steps, *(getattr(options, name) for name in SCHEDULED))
         batch = draw(material, backbone, options, step, generator_of(options, step))
         predicted = backbone.predict(base, batch.x, batch.s, batch.conditioning)
         concept, others = batch.concept, batch.others

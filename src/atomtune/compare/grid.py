@@ -14,7 +14,7 @@ from typing import Any
 from atomtune.backbones import EMBEDDED, denoiser, open_pipeline
 from atomtune.compare import plots, tables
 from atomtune.compare.cells import Cell
-from atomtune.compare.fit import COMPONENTS
+from atomtune.compare.fit import CODE, COMPONENTS
 from atomtune.compare.methods import BASE, METHODS, REFERENCES, options_of, parse
 from atomtune.compare.results import joined, others, restore, write_result
 from atomtune.compare.results import rows as rows_of
@@ -23,12 +23,6 @@ from atomtune.compare.tasks import TASKS
 from atomtune.errors import UserError, did_you_mean
 from atomtune.files import exclusive, write_whole
 from atomtune.tuner import fingerprint
-
-ROOMS = ("sparse", "tuner", "backbones", "data", "training", "scenes", "measure", "editing")
-LINES = ("effect", "atoms", "adapter", "steering", "own_words", "sampling", "lora", "mix")
-COMPARED = ("fit", "measure", "methods", "tasks", "controls", "rivals", "plain_rivals")
-CODE = tuple(f"atomtune.{part}" for part in (*ROOMS, *LINES, *(f"compare.{part}" for part in COMPARED)))
-"""Source that decides what a cell measures."""
 
 TWO_AT_ONCE = ("mixing", "both")
 """Tasks in which two adapters act."""
@@ -140,8 +134,12 @@ def compare(
     path = folder / f"{name}.json"
     settings = {"task": grid.task, **{name: cells[0].config[name] for name in ("fingerprint", "sampler")}}
     settings |= {"set": dict(grid.options)}
-    if add:
-        others(path, cells, settings)  # raises before anything is measured
+    beside = others(path, cells, settings) if add else None  # raises before anything is measured
+    if beside and (changed := changed_since(beside.rows, grid)):
+        raise UserError(
+            f"`add` would keep rows of {', '.join(changed)} that were measured by an earlier version, or at other "
+            "rates. Measure them with the rest, or name another result."
+        )
     if not again and (restored := restore(path, cells, out)):
         print(f"{restored} cells are taken from {path}", file=sys.stderr)
     outcomes = run(
@@ -170,6 +168,19 @@ def compare(
         write_result(path, command, rows, spent, outcomes=outcomes, settings=settings, beside=beside)
     commands, every = joined(command, rows, beside)
     return write_report(every, grid.task, folder, name, commands)
+
+
+def changed_since(rows: Sequence[Mapping[str, Any]], grid: Grid) -> list[str]:
+    """Methods with rows that no cell of today's would give: of an earlier version, or at another learning rate."""
+    measured = [row for row in rows if "error" not in row]
+    columns = ("method", "subject", "seed")
+    axes: dict[str, Any] = {f"{name}s": tuple(sorted({row[name] for row in measured})) for name in columns}
+    axes["sizes"] = tuple(sorted({row["size"] for row in measured if row.get("size")})) or grid.sizes
+    if not measured:
+        return []
+    asked = [dataclasses.replace(grid, dials=dials, **axes) for dials in (True, False)]
+    known = {cell.key for one in asked for cell in one.cells()}
+    return sorted({row["method"] for row in measured if row["cell"] not in known})
 
 
 def tune(grid: Grid, out: Path, name: str = "tuning", **given: Any) -> Path:

@@ -79,6 +79,10 @@ OURS = {"silence": 0.0, "nested": False, "contain": False}
 """What a rival's training does not read, so that new defaults of ours leave its cells valid."""
 
 
+UNREAD = ("optimizer", "grad_accumulation", "ema", "mixed_precision", "gradient_checkpointing")
+"""Options of training that a rival's loop does not have."""
+
+
 def parse(text: str) -> tuple[str, dict[str, Any]]:
     """`atoms:silence=0.01,n_atoms=64` as a method's name and the options that it changes."""
     name, _, rest = text.partition(":")
@@ -115,4 +119,8 @@ def options_of(text: str, size: int, **given: Any) -> TrainOptions:
     name, changed = parse(text)
     method = METHODS[name]
     off = OURS if method.rival else {}
-    return TrainOptions(**{"n_atoms": size, "lr": method.lr, **off, **given, **method.options, **changed})
+    options = TrainOptions(**{"n_atoms": size, "lr": method.lr, **off, **given, **method.options, **changed})
+    for other in UNREAD if method.rival else ():
+        if getattr(options, other) != getattr(TrainOptions(), other):
+            raise UserError(f"`set`: the loop of {name} knows no `{other}`, so that methods would differ in it.")
+    return options

@@ -126,7 +126,8 @@ def write_result(
     import importlib.metadata
 
     begin = datetime.now(UTC) - timedelta(seconds=seconds)
-    commands, every = joined(_without_paths(command), rows, beside)
+    # What is told of a folder that is somebody's own would lead nobody else to a result.
+    commands, every = joined(re.sub(r" --[\w-]+ \.\.\./\S+", "", _without_paths(command)), rows, beside)
     result = {
         "command": commands,
         "atomtune": importlib.metadata.version("atomtune"),

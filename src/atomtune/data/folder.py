@@ -24,7 +24,7 @@ from atomtune.data.listing import (
 )
 from atomtune.data.packed import File
 from atomtune.data.picture import MAX_PIXELS, clear_share, decode, on_matte, open_mask
-from atomtune.errors import UserError
+from atomtune.errors import UserError, did_you_mean
 
 __all__ = ["Sample", "Scan", "Skipped", "Survey", "scan", "survey"]
 
@@ -116,6 +116,7 @@ def _reason_by_kind(path: Path) -> str | None:
 def _read_metadata(file: File, names: set[str], caption_column: str | None) -> dict[str, Note]:
     """Notes by file name. Every line must name a picture of the folder, and none twice."""
     notes: dict[str, Note] = {}
+    columns: set[str] = set()
     for number, line in enumerate(text_of(file).split("\n"), start=1):
         if not line.strip():
             continue
@@ -127,6 +128,10 @@ def _read_metadata(file: File, names: set[str], caption_column: str | None) -> d
         if name in notes:
             raise UserError(f"{where}: {name!r} has a line already. Remove one of them.")
         notes[name] = note_of(row, where, METADATA, caption_column)
+        columns |= row.keys()
+    if notes and caption_column is not None and caption_column not in columns:
+        hint = did_you_mean(caption_column, columns)
+        raise UserError(f"`caption_column` must be in some line of {file}, got {caption_column!r}.{hint}")
     return notes
 
 
@@ -301,6 +306,7 @@ def survey(
     if uncaptioned:
         columns = ((caption_column,) if caption_column else CAPTIONS) if tables.is_table(source) else ()
         problems.append(_told_uncaptioned(uncaptioned, extension, skipped, columns))
+    problems += _shared_companions(listing)
     if not samples and not problems:
         problems.append(_told_empty(str(source), skipped))
     return Survey(Scan(tuple(samples), tuple(sorted(skipped, key=lambda item: item.path.name))), tuple(problems))
@@ -327,6 +333,19 @@ def _listing(source: str | Path, extension: str, caption_column: str | None, fol
     if tars and not listing.pictures and not listing.broken:
         return shards.listing(tars, extension, caption_column)
     return listing
+
+
+def _shared_companions(listing: Listing) -> list[str]:
+    """Captions and masks that more than one picture would take, for its name but for the ending."""
+    names: dict[str, list[str]] = {}
+    for path in listing.pictures:
+        names.setdefault(normal(path.stem), []).append(path.name)
+    return [
+        f"{path.name} is beside {len(own)} pictures, {_named(own)}. Give each a name of its own."
+        for files in (listing.sidecars, listing.masks)
+        for stem, path in files.items()
+        if len(own := names.get(stem, [])) > 1
+    ]
 
 
 def _companions(listing: Listing) -> list[Skipped]:

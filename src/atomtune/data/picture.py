@@ -1,5 +1,6 @@
 """One picture file to RGB pixels: upright, on a stated matte colour, never deformed."""
 
+import io
 import threading
 import warnings
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 
 from atomtune.data.packed import File
@@ -87,6 +88,18 @@ def _scale_16_bit(picture: Image.Image) -> Image.Image:
     return gray
 
 
+def _in_srgb(picture: Image.Image, profile: bytes) -> Image.Image:
+    """A picture's colours as sRGB has them, by its ICC profile; as they are where that can't be read, or is of gray."""
+    try:
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(own):
+            return picture
+        mode = "RGB" if picture.mode == "CMYK" else picture.mode
+        return ImageCms.profileToProfile(picture, own, ImageCms.createProfile("sRGB"), outputMode=mode) or picture
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return picture
+
+
 def _rgb_or_rgba(picture: Image.Image) -> Image.Image:
     """Any mode to 8-bit RGBA if it says anything about transparency, else to RGB."""
     if picture.mode.startswith("I") or picture.mode == "F":
@@ -96,8 +109,13 @@ def _rgb_or_rgba(picture: Image.Image) -> Image.Image:
         # Pillow keeps the high bytes of 16-bit colour, but the clear colour in full.
         picture = picture.copy()
         picture.info["transparency"] = tuple(value >> 8 for value in clear)
+    profile = picture.info.get("icc_profile")
     try:
-        return picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+        if picture.mode == "CMYK" and profile:
+            picture = _in_srgb(picture, profile)
+            profile = None
+        turned = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
+        return _in_srgb(turned, profile) if profile else turned
     except (ValueError, OSError) as error:  # of colours that Pillow can read but not turn, such as LAB
         raise UserError(f"cannot be decoded: {error}. Save it as RGB") from error
 

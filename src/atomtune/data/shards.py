@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from atomtune.data.listing import METADATA, Listing, Skipped, json_of, normal, note_of, reason, text_of
 from atomtune.data.packed import File, Packed
-from atomtune.errors import UserError
+from atomtune.errors import UserError, did_you_mean
 
 
 def listing(paths: Sequence[Path], caption_extension: str, caption_column: str | None) -> Listing:
@@ -39,11 +39,15 @@ def listing(paths: Sequence[Path], caption_extension: str, caption_column: str |
             else:
                 found.add(file, caption_extension)
     found.pictures.sort(key=lambda file: file.name)
+    columns: set[str] = set()
     for picture in found.pictures:
         if (note := said.get(normal(picture.stem))) is not None:
-            found.notes[normal(picture.name)] = note_of(
-                json_of(text_of(note), str(note)), str(note), "json", caption_column
-            )
+            row = json_of(text_of(note), str(note))
+            found.notes[normal(picture.name)] = note_of(row, str(note), "json", caption_column)
+            columns |= row.keys()
+    if found.notes and caption_column is not None and caption_column not in columns:
+        hint = did_you_mean(caption_column, columns)
+        raise UserError(f"`caption_column` must be in some NAME.json of the shards, got {caption_column!r}.{hint}")
     return found
 
 

@@ -51,14 +51,14 @@ class EditOptions:
     """Shares of the atoms that take part, the most important first."""
     strength: tuple[float, ...] = (1.0, 0.8)
     """Multipliers on the whole adapter."""
-    variants: int = 8
-    """Pictures to tune on: the picture, and as many less one of it shifted and scaled a little."""
+    variants: int = 1
+    """Pictures to tune on: the picture, and as many less one of it shifted and scaled a little, which blurs it."""
     mirror: bool = False
     """Mirror every second variant; not where words say left or right."""
     quick: bool = False
     """Tune for 50 steps, at few times (after FastEdit), unless `steps` and `times` say other ones."""
-    looks: int = 3
-    """Stop when the loss has hardly fallen over so many looks, one every 20 steps. 0: never before the last step."""
+    looks: int = 10
+    """Stop when the loss has hardly fallen over so many looks, one every 20 steps; 3 stops at about 200. 0: never."""
     time: tuple[float, float] | None = None
     """From and to of the times at which the adapter takes part; 1 is noise, 0 the picture. None: all."""
     blend: float = 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -58,7 +59,7 @@ class Encoder:
     def __init__(self, pipe: Any, backbone: Backbone, cache: Cache, base_key: str | None = None) -> None:
         self.pipe, self.backbone, self.cache, self.device = pipe, backbone, cache, pipe.vae.device
         texts = [part for name, part in sorted(pipe.components.items()) if name.startswith("text_encoder")]
-        self.vae = key(weights_key(pipe.vae), str(denoiser(pipe).dtype))
+        self.vae = key(FORMAT, weights_key(pipe.vae), str(denoiser(pipe).dtype))
         spelled = [part for name, part in sorted(pipe.components.items()) if name.startswith("tokenizer")]
         parts = (*(weights_key(part) for part in texts if part is not None), *map(_spelling, spelled))
         self.text = key(FORMAT, type(pipe).__name__, str(_settings(pipe)), *parts)
@@ -95,6 +96,9 @@ class Encoder:
         """One picture, a batch of its own."""
 
         def make() -> dict[str, Tensor]:
+            with sample.path.open("rb") as file:
+                if hashlib.sha256(file.read()).hexdigest() != sample.digest:
+                    raise UserError(f"{sample.path} has changed since it was scanned. Start again.")
             return self._encoded(to_tensor(seen(sample, size, view))[None], str(sample.path))
 
         return self.cache.get(key(self.vae, sample.digest, str(size), str(view)), make)["latents"].to(self.device)
@@ -163,11 +167,17 @@ class Encoder:
         turns: Sequence[Sequence[View]],
         grid: tuple[int, int],
     ) -> Float[Tensor, "views rows tokens"]:
-        """By the user's masks where all pictures have one, else where the base is surprised."""
-        files = [sample.mask for sample in samples if sample.mask is not None]
-        if len(files) == len(samples):
-            pictures = [open_mask(file, max_pixels=SCANNED) for file in files]
-            return torch.stack([_shares(pictures, size, turn, grid) for turn in turns])
+        """By the user's masks, and where a picture has none, where the base is surprised."""
+        given = torch.tensor([sample.mask is not None for sample in samples])
+        files = [
+            Image.new("L", (sample.width, sample.height))
+            if sample.mask is None
+            else open_mask(sample.mask, max_pixels=SCANNED)
+            for sample in samples
+        ]
+        own = torch.stack([_shares(files, size, turn, grid) for turn in turns])
+        if given.all():
+            return own
 
         def guess() -> dict[str, Tensor]:
             return {"masks": surprise(denoiser(self.pipe), self.backbone, latents, words)}
@@ -176,7 +186,8 @@ class Encoder:
         whole = self.cache.get(key(self.base, "surprise", str(size), *pairs), guess)["masks"]
         # What a view shows of the guess is cut from the guess as from a picture.
         pictures = [Image.fromarray((mask.view(grid) * 255).byte().numpy()) for mask in whole]
-        return torch.stack([whole, *(_shares(pictures, (grid[1], grid[0]), turn, grid) for turn in turns[1:])])
+        guessed = torch.stack([whole, *(_shares(pictures, (grid[1], grid[0]), turn, grid) for turn in turns[1:])])
+        return torch.where(given[:, None], own, guessed)
 
 
 def counting(sample: Sample) -> Image.Image:

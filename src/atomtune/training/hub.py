@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
 
 FILES = ("adapter_model.safetensors", "adapter_config.json", "statistics.safetensors", "notes.json", "README.md")
 """What is sent: the adapter, and nothing else that a run folder holds."""
@@ -14,7 +13,7 @@ FILES = ("adapter_model.safetensors", "adapter_config.json", "statistics.safeten
 def push(run: Path, repository: str) -> str:
     """Send the adapter in a run's folder to a repository, made private where there is none; returns its address.
 
-    Raises what the hub raises: OSError or HfHubHTTPError.
+    Raises whatever the hub and the network raise; the adapter is safe on disk by then.
     """
     api = HfApi()
     address = api.create_repo(repository, private=True, exist_ok=True)
@@ -25,7 +24,3 @@ def push(run: Path, repository: str) -> str:
         commit_message="Adapter trained with atomtune",
     )
     return str(address)
-
-
-FAILURES = (OSError, ValueError, HfHubHTTPError)
-"""What a push may raise; the adapter is safe on disk by then."""

@@ -11,6 +11,7 @@ from accelerate import PartialState
 
 from atomtune.adapter import Adapter, load
 from atomtune.backbones import backbone_of, base_name, denoiser
+from atomtune.errors import UserError
 from atomtune.training import checkpoints, hub, run_folder, validation
 from atomtune.training.encode import weights_key
 from atomtune.training.ends import (
@@ -64,6 +65,9 @@ def train(
     if resume and run_folder.is_finished(run):
         say(f"{run} is finished: nothing is left to train")
         return load(pipe, run)
+    for name in ("sample_every", "validate_every"):
+        if not resume and (every := getattr(options, name)) is not None and every > options.steps:
+            raise UserError(f"`{name}` must be within the {options.steps} steps, got {every}: nothing would be made.")
     tracked = chosen(options.trackers) if processes.is_main_process else ()
     processes.wait_for_everyone()
     check_checkpointing(base, backbone, options)
@@ -128,7 +132,7 @@ def _finish(state: Run, command: str) -> Adapter:
         if o.hub is not None:
             try:
                 say(f"sent to {hub.push(run, o.hub)}")
-            except hub.FAILURES as error:
+            except Exception as error:  # of the network's library, which changes
                 say(f"warning: not sent to {o.hub}: {error}. The adapter is in {run}.")
     processes.wait_for_everyone()
     return adapter

@@ -29,7 +29,7 @@ from atomtune.training import gating
 from atomtune.training.encode import PAINTED_AT_ONCE, PIXELS_AT_ONCE, Bucket
 from atomtune.training.ends import NAME, training_mode
 from atomtune.training.options import TrainOptions
-from atomtune.training.prepare import Item, Material
+from atomtune.training.prepare import SAMPLES, Item, Material
 from atomtune.training.run import Run
 from atomtune.tuner import base_only
 
@@ -214,6 +214,10 @@ def estimate(
         if sizes.painted:
             number = min(PAINTED_AT_ONCE, sizes.painted)
             phases["painting"] = start + at_full(lambda side: trial.paint(number, side, 2))
+        if options.sample_every:
+            number = min(PAINTED_AT_ONCE, len(options.sample_prompts) or min(SAMPLES, sizes.pictures))
+            painting = at_full(lambda side: trial.paint(number, side, 2))
+            phases["validation pictures"] = start + material + state - adapter + painting
     free = there(device)
     return Memory(str(device), weights, state, material, phases, None if free is None else free + start)
 

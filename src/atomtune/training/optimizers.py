@@ -115,7 +115,7 @@ def _extra(module: str, extra: str) -> Any:
 
 
 def schedule(step: int, steps: int, kind: str = "cosine", warmup: float = 0.05, floor: float = 0.1) -> float:
-    """Factor on the learning rate: linear up over the first share of the steps, then down to `floor`, or constant."""
+    """Factor on the learning rate: linear up over the first share of the steps, then down towards `floor`; or 1."""
     warm = max(1, int(steps * warmup))
     if step < warm:
         return (step + 1) / warm

@@ -152,6 +152,8 @@ class TrainOptions:
     """Hub repository, owner/name, that receives the finished adapter; a new one is private."""
 
     def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            object.__setattr__(self, f.name, _read(f.name, getattr(self, f.name), str(f.type)))
         for name in (
             "steps",
             "batch_size",
@@ -201,6 +203,10 @@ class TrainOptions:
         if self.validate_every is None and (self.patience is not None or self.held_out):
             name = "held_out" if self.held_out else "patience"
             raise UserError(f"`{name}` must come with validation, got no --validate-every. Give it, such as 50.")
+        if self.sample_prompts and self.sample_every is None:
+            raise UserError("`sample_prompts` must come with `sample_every`, the steps between pictures of them.")
+        if self.k is not None and self.sparsifier in ("relu", "soft", "jumprelu", "dense"):
+            raise UserError(f"`k` must come with the sparsifier topk or batch_topk, got {self.sparsifier}.")
         if self.optimizer == "prodigy" and self.lr < 0.1:
             raise UserError(f"`lr` must be about 1 with prodigy, which finds its own, got {self.lr:g}. Give --lr 1.")
         if self.hub is not None and self.hub.count("/") != 1:
@@ -219,6 +225,8 @@ class TrainOptions:
                 f"`class_noun` must not say the concept's name, {self.concept!r}, got {self.class_noun!r}: prompts "
                 "with it alone must stay the base's. Give the plain noun."
             )
+        if self.class_noun and self.concept is None and self.unrelated_data is None:
+            raise UserError(f"`class_noun` must come with the concept's name, got {self.class_noun!r} alone.")
         if self.trigger and self.concept is None:
             raise UserError("`trigger` puts the concept's name in front of captions: give it with --concept.")
 
@@ -260,7 +268,7 @@ class TrainOptions:
             if name not in fields:
                 hint = did_you_mean(name, fields)
                 raise UserError(f"Unknown option {name!r} in a saved run.{hint} Of a newer atomtune?")
-        return cls(**{name: _read(name, value, str(fields[name].type)) for name, value in values.items()})
+        return cls(**values)
 
     def to_json(self) -> str:
         """The options as JSON; `from_json` reads it back."""
@@ -278,7 +286,7 @@ def _among(field: str, value: str, known: Collection[str]) -> None:
 
 
 def _read(name: str, value: Any, kind: str) -> Any:
-    """A value as JSON has it, as the type that the field is annotated with."""
+    """A value as the type that the field is annotated with; as JSON has it, too."""
     kind, _, optional = kind.partition(" | ")
     if value is None and optional:
         return None
@@ -290,5 +298,5 @@ def _read(name: str, value: Any, kind: str) -> Any:
     if kind == "Path" and isinstance(value, str | Path):
         return Path(value)
     if type(value).__name__ != kind:
-        raise UserError(f"`{name}` of a saved run must be {kind}, got {value!r}.")
+        raise UserError(f"`{name}` must be {kind}{' or None' if optional else ''}, got {value!r}.")
     return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -26,8 +27,12 @@ from atomtune.training.processes import launched
 
 VIEWS = 8
 """Views of each picture, at most, that are cut at random."""
+SAMPLES = 4
+"""Captions that validation pictures are painted of, where no prompts are given."""
 SHORT = 20
 """Captions of so many words reach the model whole."""
+LONG = 40
+"""Letters that no word has."""
 
 
 class Item(NamedTuple):
@@ -139,7 +144,7 @@ def prepare(
         gate_held_out=encoder.prompts(("", *held_out)) if options.gated else {},
         scan=found,
         beside=key(*(text for sample in own for text in (sample.digest, sample.caption)), "", *kept, "", *held_out),
-        said=(*added, *_told(samples, buckets, options), *_told_lost(encoder, samples)),
+        said=(*added, *_told(samples, buckets, options), *_told_lost(encoder, (*samples, *own))),
     )
 
 
@@ -179,11 +184,13 @@ def fitted_sizes(pipe: Any, samples: Sequence[Sample], options: TrainOptions) ->
 
 def lost_words(encode: Callable[[str], Conditioning], caption: str) -> str:
     """The words at a caption's end that reach no part of the model: without them the conditioning is the same."""
-    words = caption.split()
-    whole = encode(" ".join(words))
+    words, space = caption.split(), " "
+    if any(len(word) > LONG for word in words):  # of a script without spaces, or tags with commas alone
+        words, space = list(space.join(words)), ""
+    whole = encode(space.join(words))
 
     def enough(number: int) -> bool:
-        part = encode(" ".join(words[:number]))
+        part = encode(space.join(words[:number]))
         return all(_same(part[name], value) for name, value in whole.items())
 
     if not words or not enough(len(words) - 1):
@@ -192,7 +199,7 @@ def lost_words(encode: Callable[[str], Conditioning], caption: str) -> str:
     while least < most:
         middle = (least + most) // 2
         least, most = (least, middle) if enough(middle) else (middle + 1, most)
-    return " ".join(words[most:])
+    return space.join(words[most:])
 
 
 def _same(one: Tensor | list[Tensor], other: Tensor | list[Tensor]) -> bool:
@@ -208,10 +215,16 @@ def unlogged() -> AbstractContextManager[None]:
 
 def cut_off(encode: Callable[[str], Conditioning], samples: Sequence[Sample]) -> dict[int, str]:
     """The words lost from captions that are longer than the base reads, by the number of the sample."""
-    long = (number for number, sample in enumerate(samples) if len(sample.caption.split()) > SHORT)
+    long = (number for number, sample in enumerate(samples) if _may_be_cut(sample.caption))
     with unlogged():
         found = {number: lost_words(encode, samples[number].caption) for number in long}
     return {number: lost for number, lost in found.items() if lost}
+
+
+def _may_be_cut(caption: str) -> bool:
+    """Whether it has more tokens than a few: of words, of letters beside ASCII, or of tags without spaces."""
+    beside = sum(not letter.isascii() for letter in caption)
+    return max(len(caption.split()), beside, len(caption) // 5) > SHORT
 
 
 def _told_lost(encoder: Encoder, samples: Sequence[Sample]) -> Iterator[str]:
@@ -246,14 +259,15 @@ def own_unrelated(options: TrainOptions) -> tuple[Sample, ...]:
             f"`unrelated_data` must not name the concept, but {len(named)} of {len(own)} captions do, "
             f"such as {named[0]!r}."
         )
-    return own
+    return tuple(sample for sample in own for _ in range(sample.repeats))
 
 
 def views_of(samples: Sequence[Sample], options: TrainOptions) -> list[list[View]]:
-    """Every picture's views, the whole pictures first; no more than there are epochs to show them."""
+    """Every picture's views, the whole pictures first; no more than there are epochs to show them, or two."""
     most = VIEWS if options.crop else 2 if options.flip else 1
     seen = options.steps * options.grad_accumulation * options.batch_size * launched()
-    number = min(most, -(-seen // sum(sample.repeats for sample in samples)))
+    # In a single epoch some are shown whole, others cut.
+    number = min(most, max(2, -(-seen // sum(sample.repeats for sample in samples))))
     how: dict[str, Any] = {"crop": options.crop, "flip": options.flip, "seed": options.seed}
     return [[view_of(sample.digest, n, **how) for sample in samples] for n in range(number)]
 
@@ -283,6 +297,9 @@ def unit_of(pipe: Any) -> int:
 
 def default_side(pipe: Any) -> int:
     """The side, in pixels, that the pipeline paints when it is not told one."""
+    own = inspect.signature(type(pipe).__call__).parameters["height"].default
+    if isinstance(own, int):
+        return own
     config: Any = denoiser(pipe).config
     size = getattr(pipe, "default_sample_size", None) or getattr(config, "sample_size", None)
     return int(size * pipe.vae_scale_factor) if size else SIDE
@@ -297,7 +314,7 @@ def unrelated_list(pipe: Any, options: TrainOptions) -> tuple[str, ...]:
             return unrelated_prompts()
         path = beside
     try:
-        lines = tuple(ln.strip() for ln in path.read_text(encoding="utf-8").splitlines() if ln.strip())
+        lines = tuple(ln.strip() for ln in path.read_text(encoding="utf-8-sig").splitlines() if ln.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"`unrelated` can't be read: {error}.") from error
     if len(lines) < 5:

@@ -32,8 +32,8 @@ from atomtune.training.ema import Ema
 from atomtune.training.ends import NAME
 from atomtune.training.options import TrainOptions
 from atomtune.training.pace import Pace
-from atomtune.training.prepare import Material
-from atomtune.training.processes import highest, mean_gradients, mean_values, wants_shards
+from atomtune.training.prepare import SAMPLES, Material, side_of
+from atomtune.training.processes import highest, launched, mean_gradients, mean_values, wants_shards
 from atomtune.training.run_folder import say
 from atomtune.training.start import from_activations
 from atomtune.training.trackers import Trackers
@@ -49,21 +49,31 @@ FORGET = 0.99
 """What is left, a micro-batch later, of what an atom reached on unrelated pictures."""
 
 
+ECHO = 2.0
+"""Seconds in which a second Ctrl-C is the first one, told again."""
+
+
 @contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
     """Yields whether Ctrl-C was pressed: the step ends first, so that its checkpoint is whole. A second one stops
-    at once.
+    at once; of several processes each gets the first one twice, from the terminal and from its launcher.
     """
-    asked = False
+    asked, since = False, 0.0
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield lambda: False
         return
 
     def note(number: int, frame: Any) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(signal.SIGINT, before)
+        nonlocal asked, since
+        if asked and time.monotonic() - since < ECHO:
+            return
+        if asked:
+            signal.signal(signal.SIGINT, before)
+            before(number, frame)
+        asked, since = True, time.monotonic()
+        if launched() == 1:
+            signal.signal(signal.SIGINT, before)
         say("stopping after this step; Ctrl-C again stops at once")
 
     signal.signal(signal.SIGINT, note)
@@ -159,13 +169,20 @@ class Run:
                 bar.update()
                 bar.set_postfix({k: f"{v:.4g}" for k, v in terms.items()})
                 self.told_to_stop = stop(self)
-                if self._due(o.checkpoint_every) or self.over() or asked_to_stop():
+                stopping = self._anywhere(asked_to_stop())
+                if self._due(o.checkpoint_every) or self.over() or stopping:
                     self.checkpoint()
-                if asked_to_stop():
+                if stopping:
                     say(f"stopped after step {self.done}; go on with: atomtune train --resume --out {self.run}")
                     raise KeyboardInterrupt
                 if self._due(o.sample_every):
                     self.sample()
+
+    def _anywhere(self, here: bool) -> bool:
+        """Whether it is so on any process: all of them go on, or none, since each waits for the others."""
+        flag = {"": torch.tensor(float(here), device=self.device)}
+        highest(flag, self.processes)
+        return bool(flag[""])
 
     @property
     def log(self) -> Path:
@@ -272,7 +289,7 @@ class Run:
                 values = reduce(torch.tensor(list(found.values()), device=self.device), "mean").tolist()
                 found = dict(zip(found, values, strict=True))
             score = found["validation_score"]
-            if self.best is None or score < self.best[0]:
+            if math.isfinite(score) and (self.best is None or score < self.best[0]):
                 self.best = score, self.done
                 if self.processes.is_main_process:
                     save(self.base, checkpoints.best_of(self.run), self.name)
@@ -288,13 +305,14 @@ class Run:
         main = self.processes.is_main_process
         if not main and not wants_shards(self.options.shard):
             return
-        prompts = list(self.options.sample_prompts) or list(dict.fromkeys(self.material.captions))[:4]
+        prompts = list(self.options.sample_prompts) or list(dict.fromkeys(self.material.captions))[:SAMPLES]
+        side = side_of(self.pipe, self.options)
         folder = self.run / "samples"
         try:
             with torch.no_grad(), self.as_saved(), self._calibrated():
                 if main:
                     save(self.base, folder / "adapter", self.name)
-                pictures = generate(self.pipe, prompts, seed=self.options.seed)
+                pictures = generate(self.pipe, prompts, seed=self.options.seed, width=side, height=side)
             for i, picture in enumerate(pictures if main else ()):
                 held = io.BytesIO()
                 picture.save(held, "PNG")
