@@ -3,7 +3,7 @@
 Run from a folder with pictures in my-dog, captioned "a sks dog ...", or as a notebook, cell by cell.
 """
 
-# %% Two concepts, of different captions and seeds; all other options must be the same
+# %% Two adapters, here of one concept and two seeds; options beside captions and seed must be the same
 from pathlib import Path
 
 import atomtune

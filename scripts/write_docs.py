@@ -11,8 +11,11 @@ import inspect
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
+from functools import cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from measure_scale import MODELS, error_on_largest, projected
 from atomtune.backbones import BACKBONES, unet
 from atomtune.backbones.noising import scheduled
 from atomtune.cli import COMMANDS
+from atomtune.compare.grid import Grid, changed_since
+from atomtune.compare.methods import parse_options
 from atomtune.compare.tables import (
     Cells,
     Interval,
@@ -66,6 +71,17 @@ def rows_of(name: str) -> tuple[list[dict[str, Any]], str]:
 def with_command(lines: list[str], command: str) -> str:
     """A table, and below it the commands that made its rows."""
     return "\n".join([*lines, *(f"\n`{line}`" for line in command.splitlines())])
+
+
+@cache
+def aged(name: str) -> str:
+    """A line where methods of a comparison have changed since they were measured: its command gives other rows now."""
+    rows, command = rows_of(name)
+    given = shlex.split(command.splitlines()[0])
+    start = given.index("--set") + 1 if "--set" in given else len(given)
+    changes = list(takewhile(lambda part: not part.startswith("--"), given[start:])) or ["steps=200"]
+    changed = changed_since(rows, Grid(rows[0]["task"], (), options=parse_options(changes)))
+    return f"\n\nMeasured by an earlier version of {' and '.join(changed)}: see LOG.md." if changed else ""
 
 
 def scenes_table() -> str:
@@ -116,7 +132,7 @@ def chosen(task: str, points: dict[str, dict[str, Any]], columns: tuple[str, ...
         if len(found) != 1:
             raise SystemExit(f"benchmarks/results/{task}.json has {len(found)} operating points for {name!r}")
         entries.append(found[0] | {"point": name, "place": len(entries)})
-    return markdown(entries, columns, {"point": ""}, order="place", command=command)
+    return markdown(entries, columns, {"point": ""}, order="place", command=command) + aged(task)
 
 
 def customization_table() -> str:
@@ -131,9 +147,11 @@ def customization_table() -> str:
         f"atoms, {OPENED}": {"method": "atoms", **full},
         "atoms, contained by half": {"method": "atoms", "knob": "contain", "knob_value": 0.5},
         "atoms, contained": {"method": "atoms", "knob": "contain", "knob_value": 1.0},
+        "LoRA, a tenth, refitted": {"method": "lora", "knob": "refit"},
         "atoms, a tenth, refitted": {"method": "atoms", "knob": "refit"},
         "LoRA, its gate on": {"method": "lora", "knob": "full", "gate": True},
         "atoms, their gate on": {"method": "atoms", "knob": "full", "gate": True},
+        "LoRA, gate on, own words": {"method": "lora", "knob": "own-words", "knob_value": 0.0},
         "atoms, gate on, own words": {"method": "atoms", "knob": "own-words", "knob_value": 0.0},
     }
     columns = ("similarity", "object_accuracy", "alignment", "drift", "pixel_drift", "bleed", "inner_leak", "silence")
@@ -177,7 +195,8 @@ def paired_table() -> str:
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     volumes = [
-        f"{entry['method']}{' with its gate' if entry['gate'] else ''} {entry['hypervolume'].mean:.3f}"
+        f"{entry['method']}{' with its gate' if entry['gate'] else ''} {entry['hypervolume'].mean:.3f} "
+        f"({entry['points']} points)"
         for entry in method_hypervolume(rows, base_reference(rows))
         if entry["method"] != "base"
     ]
@@ -196,7 +215,7 @@ def kept_table() -> str:
         for share in (0.5, 0.25, 0.1):
             kept = {"knob": "atoms", "formula": "effect", "knob_value": share}
             points[f"{name}, {share:.0%} by effect"] = {"method": method, **kept}
-    points["atoms, 10% by effect, refitted"] = {"method": "atoms", "knob": "refit"}
+        points[f"{name}, 10% by effect, refitted"] = {"method": method, "knob": "refit"}
     return chosen("customization", points, ("similarity", "object_accuracy", "alignment"))
 
 
@@ -248,7 +267,7 @@ def gains_table() -> str:
             turned = [row for row in own if wanted.items() <= row.items()]
             if turned:
                 lines.append(f"| {name}, {way} | {' | '.join(gain(turned, full, 'similarity', 'alignment'))} |")
-    return with_command(lines, command)
+    return with_command(lines, command) + aged("editing-plain")
 
 
 def gain(turned: list[dict[str, Any]], full: list[dict[str, Any]], likeness: str, alignment: str) -> tuple[str, str]:

@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# Pictures are compared bit for bit, and commands would take a GPU where there is one.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 # The shapes in the annotations are executed: a wrong one fails the test that calls it.
 jaxtyping.install_import_hook("atomtune.sparse", "beartype.beartype")

@@ -27,7 +27,7 @@ from atomtune.files import write_whole
 from atomtune.measure import code_maps
 from atomtune.sampling import generate
 from atomtune.scenes.score import mean, score
-from atomtune.scenes.world import CLASS_OF, OBJECTS, POSITIONS, Scene, caption, random_scene
+from atomtune.scenes.world import CLASS_OF, OBJECTS, POSITIONS, Scene, article, caption, random_scene
 from atomtune.training.loop import train
 from atomtune.training.options import TrainOptions
 from atomtune.tuner import override_gate
@@ -49,10 +49,11 @@ def demo(
         )
     if prompts < 1:
         raise UserError(f"`prompts` must be at least 1, got {prompts}.")
-    if out == DEFAULT_OUT:
+    own = {"data", "run", "result.json", "report.html", ".cache"}  # of a demo, whole or not
+    if out == DEFAULT_OUT and out.is_dir() and {path.name for path in out.iterdir()} <= own:
         shutil.rmtree(out, ignore_errors=True)
     elif out.exists():
-        raise UserError(f"`out` exists: {out}. Choose another folder.")
+        raise UserError(f"`out` exists and is no demo's: {out}. Choose another folder.")
     say = _Clock()
     data = out / "data"
     subject_lesson(subject).write(data)
@@ -67,7 +68,7 @@ def demo(
     base_known = mean(score(paint(pipe, known, seed), known))
     base_unrelated = paint(pipe, unrelated, seed + 500)
 
-    say(f"training on {len(list(data.glob('*.png')))} pictures of a {subject}, {steps} steps")
+    say(f"training on {len(list(data.glob('*.png')))} pictures of {article(subject)}, {steps} steps")
     began = time.monotonic()
     options = TrainOptions(concept=subject, class_noun=CLASS_OF[subject], steps=steps, seed=seed)
     adapter = train(pipe, data, out / "run", options, command=command)
@@ -189,9 +190,9 @@ def _report(
     thumbnails = _maps(adapter, shown, out / "data")
     log = [json.loads(line) for line in (out / "run/log.jsonl").read_text(encoding="utf-8").splitlines()]
     return Report(
-        title=f"A {subject}, learned from four pictures",
+        title=f"{article(subject).capitalize()}, learned from four pictures",
         lead=(
-            f"A small diffusion pipeline that had never seen a {subject} learned it as a sparse combination of "
+            f"A small diffusion pipeline that had never seen {article(subject)} learned it as a sparse combination of "
             f"{full['atoms']} atoms in {full['train_seconds']:.0f} seconds. Every figure below was measured by the "
             "command at the end of this page."
         ),

@@ -18,6 +18,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(f'`{other}`' for other in close)}?" if close else ""
 
 
+OPTIONAL = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao", "bitsandbytes")
+"""Loggers of parts that may be missing, which is no news to a user."""
+
+
 @contextmanager
 def hushed(*libraries: str, level: int = logging.ERROR) -> Iterator[None]:
     """Inside, these libraries log nothing below a level."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -32,12 +32,15 @@ def generate(
     prompts, such as negative ones, have one a prompt. Prompt gates are held as `prompt_gates` does.
     """
     prompts = [prompts] if isinstance(prompts, str) else prompts
-    if steps is not None:
-        call["num_inference_steps"] = steps
-    if guidance is not None:
-        call["guidance_scale"] = guidance
     seeds = range(seed, seed + len(prompts)) if isinstance(seed, int) else seed
+    call |= named(steps, guidance)
     return [picture for batch in batches(pipe, prompts, seeds, batch_size, **call) for picture in batch]
+
+
+def named(steps: int | None, guidance: float | None) -> dict[str, Any]:
+    """Steps of the sampler and its guidance as pipelines call them; a None is the pipeline's own."""
+    given = {"num_inference_steps": steps, "guidance_scale": guidance}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def batches(
@@ -49,27 +52,38 @@ def batches(
     **call: Any,
 ) -> Iterator[Any]:
     """What the pipeline gives of each batch of prompts, each with its own seed; `around(rows)` holds meanwhile."""
-    if not prompts:
-        raise UserError("`prompts` must name at least one picture, got none.")
-    if len(seeds) != len(prompts):
-        raise UserError(f"`seed` must be one number, or one a prompt ({len(prompts)}), got {len(seeds)}.")
-    for seed in seeds:
-        if not 0 <= seed < 2**63:
-            raise UserError(f"`seed` must be at least 0 and below 2**63, got {seed}.")
+    check(prompts, seeds, batch_size)
     steps, guidance = call.get("num_inference_steps"), call.get("guidance_scale")
     if steps is not None and steps < 1:
         raise UserError(f"`steps` must be at least 1, got {steps}.")
     if guidance is not None and not math.isfinite(guidance):
         raise UserError(f"`guidance` must be a finite number, got {guidance}.")
     arguments = call_arguments(pipe, prompts, call)
-    each = {name for name, value in call.items() if _one_a_prompt(name, value, len(prompts))}
     for start in range(0, len(prompts), batch_size):
         rows = slice(start, start + batch_size)
         noises = [torch.Generator().manual_seed(seed) for seed in seeds[rows]]
         with prompt_gates(pipe, prompts[rows]), around(rows):
-            own = {name: value[rows] if name in each else value for name, value in arguments.items()}
+            own = arguments | of_rows({name: arguments[name] for name in call}, rows, len(prompts))
             images = pipe(prompt=list(prompts[rows]), generator=noises, **own).images
         yield images
+
+
+def check(prompts: Sequence[str], seeds: Sequence[int], batch_size: int) -> None:
+    """Raises UserError on no prompts, on seeds that are not one a prompt, and on a batch of nothing."""
+    if not prompts:
+        raise UserError("`prompts` must name at least one picture, got none.")
+    if batch_size < 1:
+        raise UserError(f"`batch_size` must be at least 1, got {batch_size}.")
+    if len(seeds) != len(prompts):
+        raise UserError(f"`seed` must be one number, or one a prompt ({len(prompts)}), got {len(seeds)}.")
+    for seed in seeds:
+        if not 0 <= seed < 2**63:
+            raise UserError(f"`seed` must be at least 0 and below 2**63, got {seed}.")
+
+
+def of_rows(call: Mapping[str, Any], rows: slice, number: int) -> dict[str, Any]:
+    """Arguments of a call as some of its prompts have them: of those with one entry a prompt, theirs."""
+    return {name: value[rows] if _one_a_prompt(name, value, number) else value for name, value in call.items()}
 
 
 def _one_a_prompt(name: str, value: Any, number: int) -> bool:

@@ -1,5 +1,6 @@
 """`atomtune compare`: a small grid from the command to its table, and again without measuring anything."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from atomtune.compare.methods import METHODS
 QUICK = ["--set", "steps=1", "unrelated_pictures=2", "--sampler", "1", "--seeds", "0", "--sizes", "4"]
 
 
-def test_a_grid_is_measured_once_and_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_grid_is_measured_once_and_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = ["compare", "--subjects", "cow", "--methods", "base", "atoms", "ssf", *QUICK, "--out", str(tmp_path)]
     assert main(arguments) == 0
     out = capsys.readouterr().out
@@ -42,6 +45,9 @@ def test_a_grid_is_measured_once_and_told(tmp_path: Path, capsys: pytest.Capture
     assert grown["cells"].items() > stored["cells"].items()
     assert len(grown["command"].splitlines()) == 2
     capsys.readouterr()
+    monkeypatch.setitem(METHODS, "ssf", dataclasses.replace(METHODS["ssf"], version=99))
+    assert main(added) == 2
+    assert "`add` would keep rows of ssf that were measured by an earlier version" in capsys.readouterr().err
     assert main([*added, "--sampler", "2"]) == 2
     assert "`add` needs a result with settings" in capsys.readouterr().err
     assert json.loads((tmp_path / "results/customization.json").read_text()) == grown
@@ -108,6 +114,7 @@ def test_two_adapters_taught_apart_share_a_picture(tmp_path: Path) -> None:
         (["--methods", "lorra"], "Did you mean `lora`"),
         (["--subjects", "pinapple"], "Did you mean `pineapple`"),
         (["--set", "stebs=3"], "Did you mean `steps`"),
+        (["--methods", "lora", "--set", "ema=0.9"], "`set`: the loop of lora knows no `ema`"),
         (["--task", "both", "--methods", "dora"], "`methods` of both must have parts that add up, got dora"),
         (["--processes", "0"], "`processes` must be at least 1"),
     ],

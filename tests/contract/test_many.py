@@ -234,10 +234,23 @@ def test_serving(root: Path, bases: dict[str, Path]) -> None:
     assert server.loads == 3
     assert np.array_equal(painted[1], plain[1])
     server.close()
-    for at in (0, 2):
+    for at in (0, 2, 3):
         adapter = atomtune.load(pipe, folders[requests[at][0] or ""])
         (alone,) = atomtune.generate(pipe, [requests[at][1]], seed=[0, 0, 1, 0][at], **call)
         adapter.remove()
         assert np.abs(np.asarray(alone, int) - np.asarray(painted[at], int)).max() <= 1
+        assert not np.array_equal(alone, plain[at]), "there is something to serve"
     with pytest.raises(UserError, match=r"No adapter is named 'sk'\. Did you mean `sks`"):
         server.generate([("sk", "a")], seeds=[0])
+    for wrong, told in (
+        ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"seeds": [0, -1]}, "at least 0 and b"),
+    ):
+        with pytest.raises(UserError, match=told):
+            server.generate([("sks", "a"), (None, "a")], **{"seeds": [0, 1]} | wrong)
+    assert server.loads == 3
+    three = Server(pipe, {}, held=1).generate(
+        [(None, "a")] * 3, seeds=[0, 1, 2], steps=1, negative_prompt=["x", "y", "z"]
+    )
+    one = atomtune.generate(pipe, "a", seed=2, steps=1, negative_prompt=["z"])
+    assert np.array_equal(three[2], one[0])

@@ -51,7 +51,7 @@ def codes_of(adapter: Adapter, prompts: list[str], family: Family, **words: str)
 
 
 def test_the_pictures_codes_are_those_of_the_other_prompt(family: Family, pipes: dict[str, Any]) -> None:
-    """Where text and picture have not met before, to the bit; and the words' codes stay the prompt's."""
+    """Where text and picture have not met before, to rounding; and there the words' codes stay the prompt's."""
     for adapter in lent(pipes[family.name]):
         backbone, told = backbone_of(adapter.pipe), ["a big kite", "a kite and a house"]
         other = [reworded(prompt, {"kite": "small red horse"}) for prompt in told]

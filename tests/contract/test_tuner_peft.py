@@ -14,7 +14,7 @@ from tuner_models import BATCH, CASES, GPT2, LLAMA, PLAIN, SD3, Case, fill
 from atomtune.errors import UserError
 from atomtune.tuner import AtomConfig, AtomLinear, atom_layers, prune, record, remove_adapter, unwrap
 
-# PEFT 0.21 asks transformers 5.23 by a deprecated name, and looks up a vocabulary on the hub.
+# PEFT 0.21 asks transformers 5.23 by a deprecated name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 each = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 

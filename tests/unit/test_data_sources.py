@@ -121,7 +121,8 @@ def test_a_shards_odd_members_are_skipped_or_told(tmp_path: Path) -> None:
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     """Three rows with pictures in them; the library's own cache lies in the test's folder."""
-    datasets = pytest.importorskip("datasets")
+    import datasets
+
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     rows = {
         "image": [{"bytes": png(value), "path": None} for value in (1, 2, 3)],

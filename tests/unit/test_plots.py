@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import matplotlib
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,8 +19,6 @@ from atomtune.compare import plots
 from atomtune.compare.plots import against_size, sweep, trade_off
 from atomtune.compare.tables import summarise
 from atomtune.errors import UserError
-
-matplotlib = pytest.importorskip("matplotlib")
 
 METHODS = ("lora", "dora", "oft", "lokr", "vera", "full", "atoms", "atoms-soft")
 

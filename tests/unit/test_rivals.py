@@ -219,11 +219,9 @@ def test_a_change_of_one_layer_is_scaled(name: str, lumina: nn.Module) -> None:
 
 @both
 def test_sizes(family: str, bases: dict[str, nn.Module]) -> None:
-    print(f"\n{family:12} {'trained':>8} {'budget':>8}")
     for name in RIVALS:
         rival = attach(name, copy.deepcopy(bases[family]), family)
         config = rival.config
-        print(f"{name:12} {config['trained']:8} {config['budget']:8}  {config['sized']}")
         assert config["trained"] == sum(p.numel() for p in rival.parameters())
         assert config["sized"] == ("natural" if name in NATURAL else "equal")
         if name not in NATURAL:

@@ -428,12 +428,11 @@ def test_what_another_run_measures_meanwhile_is_read(folder: Path, monkeypatch: 
 
 # ------------------------------------------------------------------------------------------------- ray
 def test_ray(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("ray")
     tasks = ["fine", "crash once", "raise", "kill"]
     cells = [cell(folder, task) for task in tasks]
     before = signal.getsignal(signal.SIGTERM)
     # Its sockets lie there, and the system wants their paths short.
-    with tempfile.TemporaryDirectory(prefix="ray", ignore_cleanup_errors=True) as short:
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp", ignore_cleanup_errors=True) as short:
         monkeypatch.setenv("RAY_TMPDIR", short)
         outcomes = measured(folder, cells, ray="local", processes=2)
     errors = [outcome.error for outcome in outcomes]
@@ -452,7 +451,6 @@ def test_ray(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "127.0.0.1:port"])
 def test_ray_that_is_not_there(folder: Path, address: str) -> None:
-    pytest.importorskip("ray")
     with pytest.raises(
         UserError, match=f'`ray` must be the address of a cluster that runs, or "local", got .{address}'
     ):

@@ -171,6 +171,20 @@ def test_one_edit_encodes_one_item_again(pipe: Any, ready: Callable[..., Materia
     assert spy.counted() == (0, 0), "known bytes, known words"
 
 
+def test_what_others_add_to_a_network_is_in_its_key() -> None:
+    """A LoRA, a token of its own: one value anywhere, that samples of the weights would pass over."""
+    first, *others = (torch.nn.Embedding(5000, 8) for _ in range(3))
+    for other in others:
+        other.load_state_dict(first.state_dict())
+    others[0].weight.data[4321, 3] += 1
+    others[1].lora_A = torch.nn.Linear(2, 2)
+    keys = set()
+    for network in (first, *others):
+        network.config = {"width": 8}
+        keys.add(encode.weights_key(network))
+    assert len(keys) == 3
+
+
 def test_a_cache_is_safe_to_delete(ready: Callable[..., Material], tmp_path: Path) -> None:
     first = ready()
     shutil.rmtree(tmp_path / ".cache")

@@ -184,7 +184,6 @@ def test_a_first_validation_that_is_not_finite_is_never_the_best(go: Go, monkeyp
 
 
 def test_curves_reach_tensorboard(go: Go) -> None:
-    pytest.importorskip("tensorboardX")
     from tensorboardX.proto.event_pb2 import Event
 
     run = go(steps=2)

@@ -65,11 +65,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(name: str, arguments: list[str]) -> int:
     import tyro
 
-    from atomtune.errors import UserError
+    from atomtune.errors import OPTIONAL, UserError
 
-    # Optional kernels that are missing here are no news to a user.
-    optional = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao", "bitsandbytes.backends.cpu.ops")
-    for quiet in optional:
+    for quiet in OPTIONAL:
         logging.getLogger(quiet).setLevel(logging.ERROR)
     module = importlib.import_module(f"atomtune.cli.{FILES.get(name, name)}")
     try:

@@ -57,16 +57,14 @@ def _precision(folder: Path) -> dict[str, str]:
     return {name: said[name] for name in ("dtype", "quantize") if isinstance(said.get(name), str)}
 
 
-def parse_numbers(field: str, like: str, pairs: tuple[str, ...]) -> dict[str, float]:
+def parse_numbers(field: str, like: str, given: tuple[str, ...]) -> dict[str, float]:
     """`L17[137]=0.5` and the like, as a table."""
-    found = {}
-    for pair in pairs:
-        name, sign, value = pair.partition("=")
+    found: dict[str, float] = {}
+    for name, value in pairs(field, given, like).items():
         try:
-            if not sign or name.strip() in found:
-                raise ValueError
-            found[name.strip()] = float(value)
+            found[name] = float(value)
         except ValueError:
+            pair = f"{name}={value}"
             raise UserError(f"`{field}` must be like {like}, each name once, got {pair!r}.") from None
     return found
 

@@ -204,13 +204,14 @@ def method_hypervolume(
     A subject's point is the mean over its seeds, and counts where no other has more of them; where lower is better, its
     coordinate is 1 - value. `reference` holds a point a subject in the same coordinates, as `base_reference` makes it.
     Rows that lack one of the measures are left out, and counted as missing unless all rows of their operating point do;
-    `points` counts the operating points.
+    `points` counts the operating points that took part: for a subject at most.
     """
     summary = []
     for key, members, failed in _groups(rows, by):
         volumes: dict[str, list[float | None]] = {}
         parts = [_split(part, measures) for part in _operating_points(members)]
         complete = [row for whole, _ in parts for row in whole]
+        counted = 0
         for subject in {_cell(row)[0] for row in members}:
             if subject not in reference:
                 raise UserError(f"`reference` must have a point for every subject, got none for {subject}")
@@ -218,10 +219,11 @@ def method_hypervolume(
             whole_points = _operating_points(own)
             seeds = max(map(len, whole_points), default=0)
             points = [_point(part, measures) for part in whole_points if len(part) == seeds]
+            counted = max(counted, len(points))
             volumes[subject] = [hypervolume(np.array(points), reference[subject]) if points else None]
         found = interval(volumes, "mean", resamples, seed, level)
         cells = {_cell(row) for row in complete}
-        entry = _entry(by, key, members, failed) | {"points": len(_operating_points(complete))}
+        entry = _entry(by, key, members, failed) | {"points": counted}
         counts = {"cells": len(cells), "missing": sum(len(lacking) for whole, lacking in parts if whole)}
         summary.append(entry | {"hypervolume": replace(found, **counts)})
     return summary

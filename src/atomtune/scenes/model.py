@@ -14,7 +14,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from atomtune.errors import hushed
+from atomtune.errors import OPTIONAL, hushed
 from atomtune.scenes.render import names
 from atomtune.scenes.world import CLASS_OF, caption, random_scene
 
@@ -37,13 +37,11 @@ def folder() -> Path:
 
 def pipeline(dtype: str = "float32") -> Lumina2Pipeline:
     """The embedded pipeline, its progress bar off."""
-    # What optional parts say when they are first imported is no news to a user; nor that the autoencoder is a DC-AE.
-    noisy = ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers.torchao")
-    with hushed(*noisy):
+    with hushed(*OPTIONAL):
         import torch
         import transformers  # noqa: F401  sets its logger up, here and not under the next line
         from diffusers import DiffusionPipeline
-    with hushed(*noisy, "diffusers", "transformers"):
+    with hushed(*OPTIONAL, "diffusers", "transformers"):  # nor is it that the autoencoder is a DC-AE
         pipe = DiffusionPipeline.from_pretrained(folder(), dtype=getattr(torch, dtype))
     pipe.set_progress_bar_config(disable=True)
     return pipe

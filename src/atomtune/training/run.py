@@ -180,9 +180,9 @@ class Run:
 
     def _anywhere(self, here: bool) -> bool:
         """Whether it is so on any process: all of them go on, or none, since each waits for the others."""
-        flag = {"": torch.tensor(float(here), device=self.device)}
-        highest(flag, self.processes)
-        return bool(flag[""])
+        flag = torch.tensor(float(here), device=self.device)
+        mean_values([flag], self.processes)
+        return bool(flag)
 
     @property
     def log(self) -> Path:

@@ -1,26 +1,29 @@
 """The PEFT method: importing this package registers it, so that PEFT's own loaders know the files."""
 
-from .config import FORMAT_VERSION, AtomConfig
-from .gate import GateShares, PromptGate, hold_gate, open_gate, override_gate, prompt_gate, read_gates
-from .layer import AtomLinear
-from .model import (
-    BASE,
-    AtomModel,
-    Recording,
-    activate,
-    adapter_config,
-    assigned,
-    atom_layers,
-    attach,
-    base_only,
-    discard_adapters,
-    hooked,
-    record,
-    remove_adapter,
-    unwrap,
-)
-from .register import register
-from .store import check_there, fingerprint, load, load_statistics, note_base, previous_of, prune, recover, save
+from atomtune.errors import OPTIONAL, hushed
+
+with hushed(*OPTIONAL):  # the first import of PEFT
+    from .config import FORMAT_VERSION, AtomConfig
+    from .gate import GateShares, PromptGate, hold_gate, open_gate, override_gate, prompt_gate, read_gates
+    from .layer import AtomLinear
+    from .model import (
+        BASE,
+        AtomModel,
+        Recording,
+        activate,
+        adapter_config,
+        assigned,
+        atom_layers,
+        attach,
+        base_only,
+        discard_adapters,
+        hooked,
+        record,
+        remove_adapter,
+        unwrap,
+    )
+    from .register import register
+    from .store import check_there, fingerprint, load, load_statistics, note_base, previous_of, prune, recover, save
 
 register(AtomConfig, AtomModel)
 
