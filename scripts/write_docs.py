@@ -300,7 +300,24 @@ def edits_table() -> str:
         similarity, alignment, distance = means
         both = gain(own, full, "exact_similarity", "exact_alignment")
         lines.append(f"| {name} | {similarity:.3f} | {alignment:.1%} | {distance:.4f} | {' | '.join(both)} |")
-    return with_command(lines, command)
+    agreed = [
+        f"{measure} {interval(cells_of(full, column)).mean:.2f}"
+        for measure, column in (("likeness", "likeness_with_similarity"), ("alignment", "alignment_with_alignment"))
+    ]
+    steps = {recipe: f"{min(found)} to {max(found)}" for recipe, found in _steps(rows).items()}
+    after = (
+        f"Rank correlation, within a prompt, of what the base measures with the exact scores: {', '.join(agreed)}. "
+        f"Steps: {', '.join(f'{recipe} {found}' for recipe, found in steps.items())}."
+    )
+    return with_command([*lines, "", after], command)
+
+
+def _steps(rows: list[dict[str, Any]]) -> dict[str, set[int]]:
+    """How long each recipe tuned."""
+    found: dict[str, set[int]] = {}
+    for row in rows:
+        found.setdefault(row["recipe"], set()).add(row["steps"])
+    return found
 
 
 def editing_table() -> str:

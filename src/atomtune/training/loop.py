@@ -11,7 +11,6 @@ from accelerate import PartialState
 
 from atomtune.adapter import Adapter, load
 from atomtune.backbones import backbone_of, base_name, denoiser
-from atomtune.errors import UserError
 from atomtune.training import checkpoints, hub, run_folder, validation
 from atomtune.training.encode import weights_key
 from atomtune.training.ends import (
@@ -65,9 +64,6 @@ def train(
     if resume and run_folder.is_finished(run):
         say(f"{run} is finished: nothing is left to train")
         return load(pipe, run)
-    for name in ("sample_every", "validate_every"):
-        if not resume and (every := getattr(options, name)) is not None and every > options.steps:
-            raise UserError(f"`{name}` must be within the {options.steps} steps, got {every}: nothing would be made.")
     tracked = chosen(options.trackers) if processes.is_main_process else ()
     processes.wait_for_everyone()
     check_checkpointing(base, backbone, options)
@@ -77,6 +73,9 @@ def train(
         with ExitStack() as stack:
             if resume and processes.is_main_process:
                 stack.enter_context(run_folder.held(run))
+            for name in ("sample_every", "validate_every") if processes.is_main_process else ():
+                if (every := getattr(options, name)) is not None and every > options.steps:
+                    say(f"warning: `{name}` is {every}, and there are {options.steps} steps: nothing will come of it")
             if progress and processes.is_main_process:
                 say(f"preparing pictures and prompts for {sites_of(kinds_of(atom_layers(base, NAME)))}")
             base_key = None
