@@ -26,8 +26,10 @@ from atomtune.errors import UserError
 from atomtune.training import encode, objective
 from atomtune.training.batch import Batch, draw, generator_of
 from atomtune.training.encode import Encoder
+from atomtune.training.ends import attach_atoms
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import Material, cut_off, lost_words, prepare
+from atomtune.tuner import remove_adapter
 
 OPTIONS = TrainOptions(concept="kite", class_noun="toy", batch_size=2, unrelated_pictures=2, gate=False, steps=40)
 
@@ -576,3 +578,12 @@ def test_a_run_with_all_of_it_trains(pipe: Any, data: Path, tmp_path: Path, chan
 def test_fitted_pictures_keep_their_proportions(data: Path) -> None:
     picture = open_picture(data / "4.png")
     assert fit(picture, (80, 48)).size == (80, 48)
+
+
+def test_atoms_leave_the_key_of_a_base_as_it_is(shared: Any) -> None:
+    """Wherever they are attached: what the base painted beside other sites is found again."""
+    before = encode.weights_key(shared.transformer)
+    attach_atoms(shared, backbone_of(shared), dataclasses.replace(OPTIONS, sites=("to_q",)))
+    inside = encode.weights_key(shared.transformer)
+    remove_adapter(shared.transformer)
+    assert inside == before == encode.weights_key(shared.transformer)

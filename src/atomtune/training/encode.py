@@ -26,6 +26,7 @@ from atomtune.errors import UserError
 from atomtune.sampling import generate
 from atomtune.training.masks import surprise
 from atomtune.tuner import fingerprint
+from atomtune.tuner.model import site_name
 
 FORMAT = "2"
 """Raised when what an entry holds changes for the same key."""
@@ -237,7 +238,9 @@ def weights_key(model: nn.Module) -> str:
 
     What others have added to it counts, such as a LoRA or a token of its own; atoms do not.
     """
-    tensors = [(name, t) for name, t in chain(model.named_parameters(), model.named_buffers()) if "atom_" not in name]
+    every = chain(model.named_parameters(), model.named_buffers())
+    named = {site_name(name): tensor for name, tensor in every if "atom_" not in name}
+    tensors = sorted(named.items(), key=lambda pair: pair[0])
     kinds = {f"{type(tensor).__name__} {tensor.dtype}" for _, tensor in tensors}
     sums = [f"{name} {_sum(tensor.detach())}" for name, tensor in tensors]
     return key(fingerprint(model), str(_settings(model)), *sorted(kinds), *sums)

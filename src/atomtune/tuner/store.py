@@ -109,8 +109,8 @@ def save(
 
 def _check_ours(folder: Path) -> None:
     """Raises UserError where files lie that a saved adapter would take the names of, and that are no adapter's."""
-    taken = [name for name in _OURS if (folder / name).exists()]
-    if not taken:
+    taken = [name for name in _OURS if name != PICTURES and (folder / name).exists()]
+    if not taken or (folder / RUN_STATUS).is_file():  # a run's own folder was free when it began
         return
     try:
         kind = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["peft_type"] if CONFIG in taken else None
