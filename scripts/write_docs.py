@@ -304,7 +304,7 @@ def edits_table() -> str:
         f"{measure} {interval(cells_of(full, column)).mean:.2f}"
         for measure, column in (("likeness", "likeness_with_similarity"), ("alignment", "alignment_with_alignment"))
     ]
-    steps = {recipe: f"{min(found)} to {max(found)}" for recipe, found in _steps(rows).items()}
+    steps = {recipe: "-".join(map(str, sorted({min(s), max(s)}))) for recipe, s in _steps(rows).items()}
     after = (
         f"Rank correlation, within a prompt, of what the base measures with the exact scores: {', '.join(agreed)}. "
         f"Steps: {', '.join(f'{recipe} {found}' for recipe, found in steps.items())}."
