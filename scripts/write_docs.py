@@ -141,6 +141,7 @@ def customization_table() -> str:
         "base": {"method": "base"},
         "true pictures, decoded": {"method": "truth"},
         "bottleneck adapter": {"method": "adapter", "knob": "full"},
+        "DoRA": {"method": "dora", "knob": "full"},
         f"LoRA, {OPENED}": {"method": "lora", **full},
         "LoRA, contained by half": {"method": "lora", "knob": "contain", "knob_value": 0.5},
         "LoRA, contained": {"method": "lora", "knob": "contain", "knob_value": 1.0},
@@ -168,6 +169,7 @@ def paired_table() -> str:
     pairs: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "atoms against LoRA": (full["atoms"], full["lora"]),
         "atoms against the adapter": (full["atoms"], adapter),
+        "atoms against DoRA": (full["atoms"], {"method": "dora", "knob": "full"}),
         "contained atoms against LoRA": (contained, full["lora"]),
         "contained atoms against the adapter": (contained, adapter),
         "contained atoms against atoms": (contained, full["atoms"]),
