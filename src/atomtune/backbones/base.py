@@ -214,6 +214,11 @@ def autoencoded(pipe: Any, pixels: Tensor) -> Tensor:
     return (latents - (getattr(config, "shift_factor", None) or 0.0)) * config.scaling_factor
 
 
+def default_of(pipe: Any, argument: str) -> Any:
+    """What an argument of the pipeline's call is when nobody says it."""
+    return inspect.signature(type(pipe).__call__).parameters[argument].default
+
+
 def bare(prompts: Sequence[str], found: Sequence[Tensor | None]) -> Conditioning:
     """Of (embeddings, mask, those of no words, their mask), as pipelines with Gemma give them; empty prompts bare."""
     embeds, mask, plain, plain_mask = found

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -14,14 +13,10 @@ from atomtune.backbones.noising import shifted
 from atomtune.backbones.reading import Reading
 
 
-def _length(pipe: Any) -> int:
-    return inspect.signature(type(pipe).__call__).parameters["max_sequence_length"].default
-
-
 @torch.no_grad()
 def encode_prompts(pipe: Any, prompts: list[str]) -> Conditioning:
     """Of as many tokens as the pipeline paints with, which gives no mask where nothing is padded."""
-    embeds, mask = pipe.encode_prompt(prompts, max_sequence_length=_length(pipe))
+    embeds, mask = pipe.encode_prompt(prompts, max_sequence_length=base.default_of(pipe, "max_sequence_length"))
     mask = embeds.new_ones(embeds.shape[:2], dtype=torch.long) if mask is None else mask
     return {"encoder_hidden_states": embeds, "encoder_hidden_states_mask": mask}
 
@@ -58,7 +53,7 @@ def readings(pipe: Any, prompt: str) -> list[Reading]:
     """The template's tokens before the prompt are taken out again."""
     before, _, after = pipe.prompt_template_encode.partition("{}")
     cut = pipe.prompt_template_encode_start_idx
-    length = _length(pipe) + cut
+    length = base.default_of(pipe, "max_sequence_length") + cut
     return [Reading(pipe.tokenizer, prompt, length, before=before, after=after, cut=slice(cut))]
 
 

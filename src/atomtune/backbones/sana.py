@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ LENGTH = 300
 
 def _instruction(pipe: Any) -> list[str]:
     """What the pipeline's call puts before a prompt unless it is told otherwise."""
-    return inspect.signature(type(pipe).__call__).parameters["complex_human_instruction"].default
+    return base.default_of(pipe, "complex_human_instruction")
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ class Command:
             asked = self.prompt or mix.concepts(folders)
             found = mix.conflicts(mixture, asked, together=together, along=along)
             if found:
-                width = max(20, *(len(a.title) for c in found[: self.top] for a in (c.first, c.second)), 0)
+                width = max(20, *(len(a.title) for c in found[: self.top] for a in (c.first, c.second)))
                 print(f"{'atom':<{width}} {'weaker':<{width}} {'correlation':>11} {'cosine':>6}  site")
             for c in found[: self.top]:
                 names = f"{c.first.title:<{width}} {c.second.title:<{width}}"

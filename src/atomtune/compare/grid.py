@@ -178,8 +178,8 @@ def changed_since(rows: Sequence[Mapping[str, Any]], grid: Grid) -> list[str]:
     axes["sizes"] = tuple(sorted({row["size"] for row in measured if row.get("size")})) or grid.sizes
     if not measured:
         return []
-    asked = [dataclasses.replace(grid, dials=dials, **axes) for dials in (True, False)]
-    known = {cell.key for one in asked for cell in one.cells()}
+    cells = dataclasses.replace(grid, **axes).cells()
+    known = {dataclasses.replace(c, config={**c.config, "dials": dials}).key for c in cells for dials in (True, False)}
     return sorted({row["method"] for row in measured if row["cell"] not in known})
 
 

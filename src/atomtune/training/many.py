@@ -20,6 +20,7 @@ from atomtune.backbones.base import Layout
 from atomtune.errors import UserError
 from atomtune.training import run_folder
 from atomtune.training.batch import Batch, draw, generator_of
+from atomtune.training.encode import weights_key
 from atomtune.training.ends import attach_atoms, check_checkpointing, conclude, learned_nothing, training_mode
 from atomtune.training.options import TrainOptions
 from atomtune.training.prepare import prepare
@@ -90,14 +91,14 @@ def train_many(
     names: list[str] = []
     try:
         with ExitStack() as stack:
-            prepared = []
+            prepared, base_key = [], weights_key(base)  # which reads all of them: once for all jobs
             for number, job in enumerate(left):
                 if job.out not in begun:
                     run_folder.check_free(job.out, job.options)
                 attach_atoms(pipe, backbone, job.options, f"job{number}")
                 names.append(f"job{number}")
                 with base_only(base):
-                    prepared.append(prepare(pipe, backbone, job.data, job.options, job.out))
+                    prepared.append(prepare(pipe, backbone, job.data, job.options, job.out, base_key))
                 if job.out in begun:
                     run_folder.check_data(job.out, prepared[-1].scan, prepared[-1].beside, allow_changed=False)
             runs: list[Run] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from atomtune.backbones import Backbone, Conditioning, denoiser, spelling
+from atomtune.backbones.base import default_of
 from atomtune.data.cache import Cache
 from atomtune.data.folder import Sample, Scan, scan
 from atomtune.data.prompts import split_held_out, unrelated_prompts
@@ -297,7 +297,7 @@ def unit_of(pipe: Any) -> int:
 
 def default_side(pipe: Any) -> int:
     """The side, in pixels, that the pipeline paints when it is not told one."""
-    own = inspect.signature(type(pipe).__call__).parameters["height"].default
+    own = default_of(pipe, "height")
     if isinstance(own, int):
         return own
     config: Any = denoiser(pipe).config

@@ -58,27 +58,24 @@ def interruptible() -> Iterator[Callable[[], bool]]:
     """Yields whether Ctrl-C was pressed: the step ends first, so that its checkpoint is whole. A second one stops
     at once; of several processes each gets the first one twice, from the terminal and from its launcher.
     """
-    asked, since = False, 0.0
+    since: float | None = None
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(before):
         yield lambda: False
         return
 
     def note(number: int, frame: Any) -> None:
-        nonlocal asked, since
-        if asked and time.monotonic() - since < ECHO:
-            return
-        if asked:
+        nonlocal since
+        if since is None:
+            since = time.monotonic()
+            say("stopping after this step; Ctrl-C again stops at once")
+        elif launched() == 1 or time.monotonic() - since >= ECHO:
             signal.signal(signal.SIGINT, before)
             before(number, frame)
-        asked, since = True, time.monotonic()
-        if launched() == 1:
-            signal.signal(signal.SIGINT, before)
-        say("stopping after this step; Ctrl-C again stops at once")
 
     signal.signal(signal.SIGINT, note)
     try:
-        yield lambda: asked
+        yield lambda: since is not None
     finally:
         signal.signal(signal.SIGINT, before)
 
@@ -180,6 +177,8 @@ class Run:
 
     def _anywhere(self, here: bool) -> bool:
         """Whether it is so on any process: all of them go on, or none, since each waits for the others."""
+        if self.processes.num_processes == 1:  # a tensor would have to be waited for
+            return here
         flag = torch.tensor(float(here), device=self.device)
         mean_values([flag], self.processes)
         return bool(flag)
