@@ -171,9 +171,7 @@ class Encoder:
         """By the user's masks, and where a picture has none, where the base is surprised."""
         given = torch.tensor([sample.mask is not None for sample in samples])
         files = [
-            Image.new("L", (sample.width, sample.height))
-            if sample.mask is None
-            else open_mask(sample.mask, max_pixels=SCANNED)
+            Image.new("L", size) if sample.mask is None else open_mask(sample.mask, max_pixels=SCANNED)  # black anyway
             for sample in samples
         ]
         own = torch.stack([_shares(files, size, turn, grid) for turn in turns])
